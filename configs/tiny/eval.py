@@ -1,0 +1,34 @@
+"""Recall of the tiny teacher and of the students of all arms, on the same prompts.
+
+    python -m hydrajax.evals --config=configs/tiny/eval.py
+
+CPU, under a minute. Ends with the table teacher / causal / random / layerwise.
+"""
+
+from configs import common
+from configs.tiny.model import FAMILY, TEACHER
+
+ARMS = ("causal", "random", "layerwise")
+
+
+def get_config(argument: str | None = None):
+    options = common.variants(argument, smoke="")
+    config = common.base("safe")
+    config.teacher = TEACHER
+    config.out = common.run_dir(FAMILY, "eval")
+    config.eval.runs = tuple(f"{arm}={common.run_dir(FAMILY, arm, 'extend')}" for arm in ARMS)
+    config.eval.tasks = ("recall",)
+    config.eval.lengths = (64, 128)
+    config.eval.depths = 5
+    config.eval.prompts = 20
+    config.eval.rows = 50
+    config.eval.ppl_lengths = (128,)
+    config.eval.ppl_tokens = 8192
+    config.data.synthetic = "recall"
+    config.data.synthetic_share = 1.0
+    config.data.answer_only = True
+    config.data.seq_len = 128
+    config.train.compute_dtype = "float32"
+    if options["smoke"]:
+        config.eval.prompts = 1
+    return config

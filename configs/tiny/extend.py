@@ -1,0 +1,19 @@
+"""Train the distilled tiny student on next tokens at twice the context.
+
+    python train.py --config=configs/tiny/extend.py[:arm=random|layerwise]
+"""
+
+from configs import common
+from configs.tiny.model import stage
+
+
+def get_config(argument: str | None = None):
+    options = common.variants(argument, arm="causal", smoke="")
+    config = stage("extend", options)
+    config.parent = common.run_dir("tiny", options["arm"], "distill")
+    config.data.seq_len = 256
+    config.data.rows = 16
+    config.train.steps = 40
+    config.optim.peak_lr = 1e-4
+    config.optim.schedule = "constant"
+    return common.smoke(config) if options["smoke"] else config

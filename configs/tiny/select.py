@@ -1,0 +1,22 @@
+"""Choose the tiny teacher's FA heads by counterfactual recall pairs.
+
+    python -m hydrajax.selection --config=configs/tiny/select.py[:arm=random|layerwise]
+
+CPU, seconds. Writes runs/tiny/<arm>/select/heads.json and heads.png.
+"""
+
+from configs import common
+from configs.tiny.model import FAMILY, TEACHER
+
+
+def get_config(argument: str | None = None):
+    options = common.variants(argument, arm="causal", smoke="")
+    config = common.base("safe")
+    config.teacher = TEACHER
+    config.out = common.run_dir(FAMILY, options["arm"], "select")
+    config.select.probes = ("recall",)
+    config.select.context = 128
+    config.select.pairs = 32
+    config.select.rows = 32
+    common.set_arm(config, options["arm"])
+    return config

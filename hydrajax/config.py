@@ -1,0 +1,430 @@
+"""Every knob once: frozen, validated dataclasses for model, method, data and runs.
+
+A config file (configs/) edits a `ConfigDict` made by `to_config_dict(RunConfig())`, so each
+field, its default and its comment live here and nowhere else. `RunConfig.from_dict` is the only
+door back. Flag names and defaults follow the method notes in README.md ("The method").
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hydrajax.typing import UserError
+
+FAMILIES = ("llama", "qwen2", "qwen3", "smollm3", "mistral")
+STAGES = ("pretrain", "align", "distill", "extend")
+
+
+def _one_of(owner: str, name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise UserError(f"{owner}.{name}={value!r} is unknown; choose one of {', '.join(map(str, allowed))}.")
+
+
+def _check_choices(owner: str, cfg: Any, choices: dict[str, tuple]) -> None:
+    for name, allowed in choices.items():
+        _one_of(owner, name, getattr(cfg, name), allowed)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding of the teacher; field meanings are those of Hugging Face's rope styles."""
+
+    theta: float = 10_000.0
+    kind: str = "default"  # default | linear | llama3 | yarn
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_context: int = 0  # llama3, yarn: context before scaling
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float = 0.0  # yarn: 0 means 0.1 ln(factor) + 1
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+    def __post_init__(self):
+        _one_of("rope", "kind", self.kind, ("default", "linear", "llama3", "yarn"))
+        if self.theta <= 0 or self.factor < 1:
+            raise UserError(f"rope needs theta > 0 and factor >= 1, got {self.theta} and {self.factor}.")
+        if self.kind in ("llama3", "yarn") and self.original_context < 1:
+            raise UserError(f"rope.kind={self.kind} needs original_context >= 1.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Facts of a decoder LM (Llama, Qwen2, Qwen3, SmolLM3, Mistral); nothing about hybrids."""
+
+    family: str = "llama"
+    vocab_size: int = 0
+    width: int = 0
+    mlp_width: int = 0
+    num_layers: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    qk_norm: bool = False  # RMSNorm of [head_dim] on q and k before rope (Qwen3)
+    qkv_bias: bool = False  # Qwen2, Llama with attention_bias
+    out_bias: bool = False  # Llama with attention_bias
+    mlp_bias: bool = False
+    tied_embeddings: bool = True
+    no_rope_layers: tuple[int, ...] = ()  # layers without rope (SmolLM3)
+    max_context: int = 2048
+    bos_id: int = -1  # -1: none
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int = -1
+
+    def __post_init__(self):
+        _one_of("model", "family", self.family, FAMILIES)
+        for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads",
+                     "head_dim", "max_context"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"model.num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}."
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim must be even for rope, got {self.head_dim}.")
+        if self.no_rope_layers and not set(self.no_rope_layers) <= set(range(self.num_layers)):
+            raise UserError(f"model.no_rope_layers={self.no_rope_layers} names layers that do not exist.")
+
+
+# What a preset changes against the defaults of HydraConfig (the flags that stages and selection
+# own are in STAGE_PRESETS and SELECT_PRESETS).
+HYDRA_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": dict(fa_logit_scale="always", la_short_conv="identity", gdn_init="fla"),
+    "halo": dict(la_gate="sigmoid", neg_eigval=True, fusion="joint_norm", gdn_init="fla",
+                 gate_init="random", gamma_init="one", nope_from="distill"),
+    "safe": dict(fa_pos="rope", fa_logit_scale="off", fa_gate="none", fusion="la_only_norm"),
+}
+STAGE_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": dict(ce_weight=0.1),
+    "halo": dict(align_scope="la_only"),
+    "safe": dict(align_loss="rel_mse"),
+}
+SELECT_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": dict(alloc="global"),
+    "halo": dict(scorer="layerwise", alloc="layerwise"),
+    "safe": dict(scorer="patch_recv"),
+}
+
+
+@dataclass(frozen=True)
+class HydraConfig:
+    """How the heads of a student compute: both branches, their fusion and their initialisation."""
+
+    fa_pos: str = "nope"  # nope | rope | partial (a quarter of the dims)
+    fa_logit_scale: str = "eval"  # eval | always | off: q *= ln(t + a) / ln(a)
+    fa_logit_base: float = 500.0  # a
+    fa_gate: str = "sigmoid"  # sigmoid (elementwise) | headwise | none
+    fa_kv: str = "shared"  # shared (each used KV head once) | expanded (one per FA head)
+    qkv_split: bool = True  # false ties the branches' K and V; needs la_kv=gqa, fa_kv=shared
+    la_pos: str = "rope"  # rope | nope
+    la_kv: str = "mha"  # mha (one KV head per LA head) | gqa (shared as in the teacher)
+    la_short_conv: str = "off"  # off | identity | random
+    la_qkv_act: str = "none"  # none | silu
+    la_gate: str = "silu"  # silu | sigmoid | none
+    neg_eigval: bool = False  # beta in (0, 2) instead of (0, 1)
+    chunk: int = 64  # chunk length of the gated delta rule
+    fusion: str = "scale_norm"  # see hydra.Fusion
+    norm_weight: str = "per_branch"  # per_branch | per_head | none
+    gate_pos: str = "post_norm"  # post_norm | pre_norm
+    gdn_init: str = "taylor"  # taylor | fla
+    gate_init: str = "near_one"  # near_one | random | blend
+    gamma_init: str = "calibrated"  # calibrated | ols | one | zero_la
+    nope_from: str = "align"  # align | distill: the stage at which FA heads lose rope
+
+    def __post_init__(self):
+        _check_choices("hydra", self, {
+            "fa_pos": ("nope", "rope", "partial"),
+            "fa_logit_scale": ("eval", "always", "off"),
+            "fa_gate": ("sigmoid", "headwise", "none"),
+            "fa_kv": ("shared", "expanded"),
+            "la_pos": ("rope", "nope"),
+            "la_kv": ("mha", "gqa"),
+            "la_short_conv": ("off", "identity", "random"),
+            "la_qkv_act": ("none", "silu"),
+            "la_gate": ("silu", "sigmoid", "none"),
+            "fusion": ("scale_norm", "la_only_norm", "none", "scale_only", "gated_competition",
+                       "joint_norm", "layer_norm_adapter"),
+            "norm_weight": ("per_branch", "per_head", "none"),
+            "gate_pos": ("post_norm", "pre_norm"),
+            "gdn_init": ("taylor", "fla"),
+            "gate_init": ("near_one", "random", "blend"),
+            "gamma_init": ("calibrated", "ols", "one", "zero_la"),
+            "nope_from": ("align", "distill"),
+        })  # fmt: skip
+        if not self.qkv_split and (self.la_kv, self.fa_kv) != ("gqa", "shared"):
+            raise UserError(
+                "hydra.qkv_split=False ties K and V of both branches and needs la_kv='gqa', "
+                f"fa_kv='shared', got la_kv={self.la_kv!r}, fa_kv={self.fa_kv!r}."
+            )
+        if self.chunk < 16 or self.chunk & (self.chunk - 1):
+            raise UserError(f"hydra.chunk must be a power of two >= 16, got {self.chunk}.")
+        if self.fa_logit_base <= 1:
+            raise UserError(f"hydra.fa_logit_base must exceed 1, got {self.fa_logit_base}.")
+
+    @classmethod
+    def teacher(cls) -> "HydraConfig":
+        """The switches under which an all-full plan computes exactly the teacher."""
+        return cls(fa_pos="rope", fa_logit_scale="off", fa_gate="none", fusion="none")
+
+    def for_stage(self, stage: str) -> "HydraConfig":
+        """What a stage really runs: `nope_from=distill` keeps rope in the FA heads until then."""
+        if stage == "align" and self.nope_from == "distill":
+            return dataclasses.replace(self, fa_pos="rope")
+        return self
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Which heads stay full attention, and how that is measured."""
+
+    scorer: str = "patch_recv"  # patch_recv | random | fixed | layerwise
+    alloc: str = "global_c"  # global | global_c (>= 1 a layer) | per_layer | layerwise
+    unit: str = "q_head"  # q_head | kv_group
+    ratio: float = 0.25  # share of units that stay full attention
+    layers: tuple[int, ...] = ()  # layerwise: the full layers; empty = evenly spaced
+    seed: int = 0
+    probes: tuple[str, ...] = ("needle_single_1", "needle_single_2", "needle_single_3",
+                               "needle_multikey_1", "kv_list")  # fmt: skip
+    pairs: int = 8  # counterfactual pairs a probe
+    min_pairs: int = 6  # fewer accepted pairs in a probe is an error
+    context: int = 1024  # tokens of a probe
+    rows: int = 8  # pairs in one forward
+    span_decay: float = 0.9  # lambda of the decayed span logit difference
+    ie_floor: float = 0.01  # an effect counts for consistency above this
+    min_gap: float = 0.5  # a pair with a smaller clean-corrupt gap is rejected
+    answer_prefix: str = "clean"  # clean | own: what both runs are teacher-forced on
+
+    def __post_init__(self):
+        _check_choices("select", self, {
+            "scorer": ("patch_recv", "random", "fixed", "layerwise"),
+            "alloc": ("global", "global_c", "per_layer", "layerwise"),
+            "unit": ("q_head", "kv_group"),
+            "answer_prefix": ("clean", "own"),
+        })  # fmt: skip
+        if not 0 <= self.ratio <= 1:
+            raise UserError(f"select.ratio must lie in [0, 1], got {self.ratio}.")
+        if (self.alloc == "layerwise") != (self.scorer == "layerwise"):
+            raise UserError("select.scorer=layerwise and select.alloc=layerwise go together.")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up and a schedule; moments and master weights are fp32."""
+
+    peak_lr: float = 1e-3
+    end_lr: float = 1e-5
+    schedule: str = "cosine"  # cosine | constant
+    warmup_steps: int = 50
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # not on norms, biases, gates' time constants
+    clip_norm: float = 1.0
+    lr_groups: tuple[str, ...] = ()  # "regex=multiplier": a path's rate relative to peak_lr
+
+    def __post_init__(self):
+        _one_of("optim", "schedule", self.schedule, ("cosine", "constant"))
+        if self.peak_lr <= 0 or self.clip_norm <= 0 or self.warmup_steps < 0:
+            raise UserError("optim needs peak_lr > 0, clip_norm > 0 and warmup_steps >= 0.")
+        for group in self.lr_groups:
+            if "=" not in group:
+                raise UserError(f"optim.lr_groups entry {group!r} is not of the form regex=multiplier.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from and how rows are made of them."""
+
+    files: tuple[str, ...] = ()  # text (0x1e splits documents), .jsonl, .parquet, .array_record
+    #                              globs and .xz allowed; "sample" is the text shipped here
+    text_key: str = "text"  # field of jsonl and parquet rows
+    synthetic: str = ""  # a recall task of data/synthetic.py, mixed in or alone
+    synthetic_share: float = 0.0  # share of rows that are synthetic (1 when there are no files)
+    seq_len: int = 512
+    rows: int = 32  # global rows a step (all accumulation steps together)
+    packing: str = "split"  # split (documents run on over rows) | best_fit (whole documents)
+    answer_only: bool = False  # synthetic rows: loss on answer tokens only
+    holdout: float = 0.01  # share of documents kept for evaluation, chosen by hash
+    seed: int = 0
+    workers: int = 0  # grain worker processes
+
+    def __post_init__(self):
+        _one_of("data", "packing", self.packing, ("split", "best_fit"))
+        if self.seq_len < 2 or self.rows < 1 or self.workers < 0:
+            raise UserError("data needs seq_len >= 2, rows >= 1 and workers >= 0.")
+        if not 0 <= self.synthetic_share <= 1 or not 0 <= self.holdout < 1:
+            raise UserError("data.synthetic_share must lie in [0, 1] and data.holdout in [0, 1).")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 on one axis takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    model: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.model)
+        if sum(s == -1 for s in sizes) > 1 or any(s < 1 and s != -1 for s in sizes):
+            raise UserError(f"mesh axes must be >= 1, at most one -1, got {sizes}.")
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Implementations of the ops; '' lets the platform's table decide."""
+
+    attention: str = ""
+    gated_delta_rule: str = ""
+    causal_conv: str = ""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """Length, loss weights and bookkeeping of one training stage."""
+
+    steps: int = 1000
+    accum: int = 1  # gradient accumulation steps inside one optimiser step
+    align_loss: str = "mse"  # mse | rel_mse (divided by the teacher's variance)
+    align_scope: str = "all"  # all | la_only: parameters of the hybrid blocks that align trains
+    ce_weight: float = 0.0  # distill: cross entropy beside the KL
+    kl_weight: float = 0.0  # extend: KL beside the cross entropy
+    kl_temperature: float = 1.0
+    loss_chunk: int = 512  # positions whose logits exist at a time
+    remat: str = "block"  # none | block | dots (keep matmul outputs)
+    compute_dtype: str = "bfloat16"  # bfloat16 | float32
+    log_every: int = 10
+    eval_every: int = 0  # 0: only at the end
+    save_every: int = 0  # 0: only at the end
+    keep: int = 2  # checkpoints kept
+    on_nonfinite: str = "abort"  # abort | skip (counted; three in a row abort)
+    profile: str = ""  # "10:13" traces these steps
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        _check_choices("stage", self, {
+            "align_loss": ("mse", "rel_mse"),
+            "align_scope": ("all", "la_only"),
+            "remat": ("none", "block", "dots"),
+            "compute_dtype": ("bfloat16", "float32"),
+            "on_nonfinite": ("abort", "skip"),
+        })  # fmt: skip
+        if self.steps < 1 or self.accum < 1 or self.loss_chunk < 1 or self.keep < 1:
+            raise UserError("stage needs steps, accum, loss_chunk and keep >= 1.")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What `python -m hydrajax.evals` measures."""
+
+    runs: tuple[str, ...] = ()  # student runs, beside `teacher`
+    tasks: tuple[str, ...] = ("needle_single_2", "needle_multikey_1")
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    depths: int = 5
+    prompts: int = 10  # a cell of the length x depth grid
+    ppl_lengths: tuple[int, ...] = (1024,)
+    ppl_tokens: int = 65_536
+    agreement_rows: int = 16  # rows of data.seq_len for teacher-student agreement
+    zero_la: bool = True  # also measure with the LA heads' outputs zeroed
+    rows: int = 8  # prompts in one forward
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: what it starts from, what it does, where it writes."""
+
+    stage: str = "align"  # pretrain | align | distill | extend
+    out: str = ""  # the run's folder
+    parent: str = ""  # run to start from; empty: teacher + heads -> transplant
+    teacher: str = ""  # imported or pretrained teacher folder
+    heads: str = ""  # heads.json of a selection
+    preset: str = "default"  # default | paper | halo | safe: base of hydra, select and train flags
+    tokenizer: str = ""  # tokenizer.json or "bytes"; empty: the teacher's
+    seed: int = 0
+    model: ModelConfig | None = None  # pretrain only: the model to make
+    hydra: HydraConfig = HydraConfig()
+    select: SelectConfig = SelectConfig()
+    train: StageConfig = StageConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    kernels: KernelConfig = KernelConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def __post_init__(self):
+        _one_of("config", "stage", self.stage, STAGES)
+        _one_of("config", "preset", self.preset, tuple(HYDRA_PRESETS))
+        if self.data.rows % self.train.accum:
+            raise UserError(
+                f"train.accum={self.train.accum} does not divide data.rows={self.data.rows}."
+            )
+        if (self.stage == "pretrain") != (self.model is not None):
+            raise UserError("config.model is for stage=pretrain, and only there; else the teacher tells.")
+        if self.data.synthetic_share > 0 and not self.data.synthetic:
+            raise UserError("data.synthetic_share > 0 needs data.synthetic, the name of a recall task.")
+
+    @classmethod
+    def from_dict(cls, values: dict | ConfigDict) -> "RunConfig":
+        """Frozen config of a resolved ConfigDict; unknown keys and wrong types are errors."""
+        values = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+        return from_plain(cls, values, "config")
+
+
+def preset_values(name: str) -> dict[str, dict[str, Any]]:
+    """Differences of a preset from the defaults, by section of RunConfig."""
+    _one_of("config", "preset", name, tuple(HYDRA_PRESETS))
+    return {"hydra": HYDRA_PRESETS[name], "select": SELECT_PRESETS[name], "train": STAGE_PRESETS[name]}
+
+
+def to_plain(cfg: Any) -> dict:
+    """JSON-ready dict of a config; tuples become lists."""
+    def plain(value):
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    return plain(cfg)
+
+
+def from_plain(cls: type, values: dict, where: str) -> Any:
+    """Rebuild a config dataclass from plain values; names the key, the expected and the got."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise UserError(f"{where} has unknown keys {unknown}; it knows {sorted(fields)}.")
+    out = {}
+    for name, value in values.items():
+        default = fields[name].default
+        want = ModelConfig if default is None else type(default)
+        if dataclasses.is_dataclass(want) and value is not None:
+            out[name] = from_plain(want, value, f"{where}.{name}")
+            continue
+        if isinstance(value, list | tuple) and want is tuple:
+            value = tuple(value)
+        if want is float and type(value) is int:
+            value = float(value)
+        if default is not None and type(value) is not want:
+            raise UserError(f"{where}.{name}: expected {want.__name__}, got {value!r}.")
+        out[name] = value
+    return cls(**out)
+
+
+def to_config_dict(cfg: RunConfig) -> ConfigDict:
+    """The ConfigDict that config files edit; tuples stay tuples, `model` stays a placeholder."""
+    def mutable(value):
+        if dataclasses.is_dataclass(value):
+            return {f.name: mutable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return value
+
+    return ConfigDict(mutable(cfg), convert_dict=True)
+
+

@@ -1,0 +1,199 @@
+"""Several processes as one run: start-up, agreement, barriers that name the missing, signals."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hydrajax.typing import UserError
+
+ENVIRONMENT = "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
+
+
+def start() -> None:
+    """Join the other processes if the environment speaks of any; else do nothing.
+
+    TPU slices, SLURM and Open MPI are recognised by JAX itself; by hand, set
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    if jax.distributed.is_initialized() or not _several_indicated(os.environ):
+        return
+    try:
+        jax.distributed.initialize(**_settings(os.environ))
+    except (RuntimeError, ValueError) as e:
+        raise UserError(f"The processes did not find each other: {e}. Check {ENVIRONMENT}.") from e
+
+
+def is_lead() -> bool:
+    """Whether this process writes files and speaks to the console."""
+    return jax.process_index() == 0
+
+
+def decide_once(decide: Callable[[], int]) -> int:
+    """The lead's small integer, for all; its `UserError` ends the others too."""
+    if jax.process_count() == 1:
+        return decide()
+    failed = int(np.iinfo(np.int32).min)
+    answer, error = failed, UserError("The first process failed; its error tells why.")
+    if is_lead():
+        try:
+            answer = decide()
+        except UserError as e:
+            error = e
+    answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+    if answer == failed:
+        raise error
+    return answer
+
+
+def gather_json(value: Any) -> list[Any]:
+    """A JSON value of every process, in process order, known to all."""
+    text = json.dumps(value, default=lambda x: x.tolist()).encode()  # numpy scalars and arrays
+    if jax.process_count() == 1:
+        return [json.loads(text)]
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+class Barriers:
+    """Meeting points that time out and name who is missing; make one while all are alive.
+
+    JAX's own barrier waits for ever, and its key-value store is private, so the lead keeps a
+    socket: each process sends its index there and hears back who did not come.
+    """
+
+    def __init__(self) -> None:
+        self._server: socket.socket | None = None
+        self._waiting: dict[str, dict[int, socket.socket]] = {}  # lead: barrier -> who came
+        if jax.process_count() == 1:
+            return
+        if is_lead():
+            self._server = socket.create_server(("", 0), backlog=jax.process_count())
+        port = self._server.getsockname()[1] if self._server else 0
+        self._address = tuple(gather_json([_own_address(), port])[0])
+
+    def meet(self, name: str, timeout_s: float) -> None:
+        """Wait for all processes; after `timeout_s` a `UserError` names those that are missing."""
+        if jax.process_count() == 1:
+            return
+        deadline = time.monotonic() + timeout_s
+        missing = self._host(name, deadline) if self._server else self._attend(name, deadline)
+        if missing:
+            raise UserError(
+                f"Barrier {name!r}: no sign of processes {missing} of {jax.process_count()} within "
+                f"{timeout_s:g} s. See their logs, then start all processes again to resume."
+            )
+
+    def close(self) -> None:
+        if self._server:
+            self._server.close()
+
+    def _host(self, name: str, deadline: float) -> list[int]:
+        assert self._server is not None
+        came = self._waiting.setdefault(name, {})
+        while len(came) < jax.process_count() - 1 and time.monotonic() < deadline:
+            self._server.settimeout(max(0.01, deadline - time.monotonic()))
+            with contextlib.suppress(TimeoutError):
+                guest, _ = self._server.accept()
+                guest.settimeout(5)  # who connects also speaks
+                other, index = json.loads(guest.makefile().readline())
+                # A guest may be ahead of us and wait at a later barrier already.
+                self._waiting.setdefault(other, {})[index] = guest
+        missing = sorted(set(range(1, jax.process_count())) - set(came))
+        for guest in self._waiting.pop(name).values():
+            with contextlib.suppress(OSError), guest:  # a guest that died is found next time
+                guest.sendall(json.dumps(missing).encode() + b"\n")
+        return missing
+
+    def _attend(self, name: str, deadline: float) -> list[int]:
+        grace = 5.0  # the lead may have come late: let its own time-out tell who is missing
+        try:
+            with socket.create_connection(self._address, deadline - time.monotonic()) as lead:
+                lead.sendall(json.dumps([name, jax.process_index()]).encode() + b"\n")
+                lead.settimeout(max(0.0, deadline - time.monotonic()) + grace)
+                answer = lead.makefile().readline()
+        except OSError:
+            answer = ""
+        return json.loads(answer) if answer else [0]
+
+
+class Preemption:
+    """SIGTERM or Ctrl-C -> `requested(step)` turns true once, at the same step on all processes.
+
+    The first signal asks, a second Ctrl-C exits at once (checkpoints stay whole). With several
+    processes SIGTERM belongs to JAX's preemption service, which finds a common step.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self._received = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Preemption":
+        # Python allows handlers in the main thread only; elsewhere the default ones remain.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self, step: int) -> bool:
+        """Whether to save after `step` and leave; to be called after every step."""
+        if jax.process_count() > 1:
+            return bool(multihost_utils.reached_preemption_sync_point(step))
+        return self._received
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received and number == signal.SIGINT:
+            os._exit(130)  # at once: no waiting for threads that write
+        self._received = True
+        # Not print(): a handler may interrupt a print under way.
+        text = "saving after this step, then leaving (Ctrl-C again: at once)."
+        os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
+
+
+def _several_indicated(env: Any) -> bool:
+    hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ""
+    counts = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    return (
+        any(env.get(name, "1").isdecimal() and int(env.get(name, "1")) > 1 for name in counts)
+        or "," in hosts
+        or "MEGASCALE_COORDINATOR_ADDRESS" in env
+        or ("JAX_COORDINATOR_ADDRESS" in env and env.get("JAX_NUM_PROCESSES") != "1")
+    )
+
+
+def _settings(env: Any) -> dict[str, Any]:
+    """Arguments by hand; JAX reads the address from the environment, but not the two numbers."""
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    given = {key: env[name] for key, name in names.items() if name in env}
+    for key, value in given.items():
+        if not value.isdecimal():
+            raise UserError(f"{names[key]}={value!r} is not a number.")
+    return {key: int(value) for key, value in given.items()}
+
+
+def _own_address() -> str:
+    """Address of the interface that leads outside; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # reserved for documentation, RFC 5737
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"  # no network: the processes share this machine

@@ -1,0 +1,91 @@
+"""Losses of the stages. Every loss returns (sum, count): the host or the step divides, once.
+
+The vocabulary never meets a whole sequence: cross entropy and KL walk over chunks of tokens and
+recompute each chunk's logits in the backward pass (16K tokens x 49K words would be 3.2 GB).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from hydrajax.model import Model
+from hydrajax.typing import Array, Float, Int
+
+
+def next_tokens(batch: dict[str, Array]) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+    """Target of every position and its weight: 0 at document ends, padding, and unscored targets."""
+    tokens, segments = batch["tokens"], batch["segment_ids"]
+    targets = jnp.roll(tokens, -1, axis=1)
+    same = (segments == jnp.roll(segments, -1, axis=1)) & (segments > 0)
+    weights = jnp.where(same, jnp.roll(batch["loss_mask"], -1, axis=1), 0.0)
+    return targets, weights.at[:, -1].set(0.0)
+
+
+def chunked_ce(
+    model: Model, x: Float[Array, "B T D"], targets: Array, weights: Array, chunk: int
+) -> tuple[Array, Array]:
+    """Weighted cross entropy in nats: (sum, sum of weights)."""
+
+    def nats(x_BtD, targets_Bt, weights_Bt):
+        logits = model.logits(x_BtD)
+        picked = jnp.take_along_axis(logits, targets_Bt[..., None], axis=-1)[..., 0]
+        return jnp.sum(weights_Bt * (jax.nn.logsumexp(logits, axis=-1) - picked))
+
+    return sum_over_chunks(nats, (x, targets, weights), chunk), jnp.sum(weights)
+
+
+def chunked_kl(
+    student: Model,
+    teacher: Model,
+    hidden: tuple[Float[Array, "B T D"], Float[Array, "B T D"]],
+    weights: Float[Array, "B T"],
+    chunk: int,
+    temperature: float = 1.0,
+) -> tuple[Array, Array]:
+    """Forward KL(teacher || student) over the whole vocabulary, in nats, times temperature^2."""
+
+    def nats(xs_BtD, xt_BtD, weights_Bt):
+        log_q = jax.nn.log_softmax(student.logits(xs_BtD) / temperature)
+        log_p = jax.nn.log_softmax(teacher.logits(xt_BtD) / temperature)
+        return jnp.sum(weights_Bt * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+    xs, xt = hidden
+    total = sum_over_chunks(nats, (xs, jax.lax.stop_gradient(xt), weights), chunk)
+    return total * temperature**2, jnp.sum(weights)
+
+
+def alignment(
+    y: Float[Array, "B T D"], target: Float[Array, "B T D"], weights: Float[Array, "B T"]
+) -> dict[str, Array]:
+    """Sums over tokens of one layer: squared error, target power (both means over D), cosine."""
+    y, target = y.astype(jnp.float32), jax.lax.stop_gradient(target.astype(jnp.float32))
+    error = jnp.mean(jnp.square(y - target), axis=-1)
+    power = jnp.mean(jnp.square(target), axis=-1)
+    norms = jnp.sqrt(jnp.sum(y * y, axis=-1) * jnp.sum(target * target, axis=-1))
+    cosine = jnp.sum(y * target, axis=-1) / jnp.maximum(norms, 1e-12)
+    return {
+        "error": jnp.sum(weights * error),
+        "power": jnp.sum(weights * power),
+        "cosine": jnp.sum(weights * jax.lax.stop_gradient(cosine)),
+    }
+
+
+def sum_over_chunks(fn: Callable[..., Array], arrays: tuple[Array, ...], chunk: int) -> Array:
+    """Sum of fn over pieces of the token axis, about `chunk` tokens of all rows at a time.
+
+    Pieces are cut from the token axis and not from flattened rows: rows stay where they are
+    sharded.
+    """
+    batch, length = arrays[0].shape[:2]
+    piece = next(t for t in range(min(length, max(1, chunk // batch)), 0, -1) if length % t == 0)
+    split = [
+        jnp.moveaxis(a.reshape(batch, length // piece, piece, *a.shape[2:]), 1, 0) for a in arrays
+    ]
+
+    @jax.checkpoint
+    def body(total: Array, pieces: list[Array]) -> tuple[Array, None]:
+        return total + fn(*pieces), None
+
+    total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), split)
+    return total

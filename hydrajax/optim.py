@@ -1,0 +1,75 @@
+"""AdamW over the flat dict of trainable parameters: schedule, decay mask, per-path rates."""
+
+import re
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hydrajax.config import OptimConfig
+from hydrajax.typing import Params, UserError
+
+# Time constants of the recurrence and anything that is not a matrix: decay would move what they
+# mean (fla exempts A_log and dt_bias for the same reason).
+NO_DECAY = re.compile(r"(norm|scale|gamma|a_log|dt_bias|beta_bias|conv_[qkv]|\.b_|\.w_fa$|\.w_la$)")
+
+
+def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then cosine to `end_lr`, or constant."""
+    warmup = min(cfg.warmup_steps, max(steps - 1, 0))
+    if cfg.schedule == "constant":
+        after = optax.constant_schedule(cfg.peak_lr)
+    else:
+        after = optax.cosine_decay_schedule(
+            cfg.peak_lr, max(steps - warmup, 1), alpha=cfg.end_lr / cfg.peak_lr
+        )
+    return optax.join_schedules([optax.linear_schedule(0.0, cfg.peak_lr, warmup), after], [warmup])
+
+
+def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """clip → Adam → decay → per-path rate → schedule; works on any subset of the parameters."""
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
+        optax.add_decayed_weights(cfg.weight_decay, mask=_decays),
+        _scale_groups(cfg.lr_groups),
+        optax.scale_by_learning_rate(schedule(cfg, steps)),
+    )
+
+
+def _decays(params: Params) -> dict[str, bool]:
+    return {path: not NO_DECAY.search(path) for path in params}
+
+
+def _scale_groups(groups: tuple[str, ...]) -> optax.GradientTransformation:
+    """Multiply a path's update by the factor of the first group whose regex is found in it."""
+    rules = []
+    for group in groups:
+        pattern, _, factor = group.rpartition("=")
+        try:
+            rules.append((re.compile(pattern), float(factor)))
+        except (re.error, ValueError) as e:
+            raise UserError(f"optim.lr_groups entry {group!r} is not regex=multiplier: {e}.") from e
+
+    def factor_of(path: str) -> float:
+        return next((f for pattern, f in rules if pattern.search(path)), 1.0)
+
+    def update(updates: Params, params: Params | None = None) -> Params:
+        return {path: u * factor_of(path) for path, u in updates.items()}
+
+    return optax.stateless(update)
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: Params, shardings: dict[str, NamedSharding], mesh: Mesh
+):
+    """Moments live where their parameters live; counters on every device."""
+    abstract = jax.eval_shape(tx.init, params)
+    return optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        abstract,
+        {path: shardings[path] for path in params},
+        transform_non_params=lambda _: NamedSharding(mesh, P()),
+    )

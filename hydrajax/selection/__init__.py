@@ -1,0 +1,1 @@
+"""Head selection: teacher → scores → heads.json. `python -m hydrajax.selection --help`."""

@@ -1,0 +1,100 @@
+"""Choose the heads that stay full attention; writes heads.json and heads.png.
+
+python -m hydrajax.selection --config=configs/tiny/select.py --config.select.ratio=0.125
+"""
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from flax import nnx
+from ml_collections import config_flags
+
+from hydrajax.checkpoint import Run, hash_params, load_run, make_lineage
+from hydrajax.config import KernelConfig, RunConfig, SelectConfig, to_plain
+from hydrajax.head_plan import HeadPlan
+from hydrajax.model import load_model
+from hydrajax.selection import budget, report
+from hydrajax.selection.scorers import SCORERS, Context, Scores
+from hydrajax.tokenizer import load_tokenizer
+from hydrajax.typing import Params, UserError
+
+# What a control's plan depends on; the rest of SelectConfig says how effects are measured.
+CONTROL_SETTINGS = ("scorer", "alloc", "unit", "ratio", "layers", "seed")
+
+
+def select(cfg: RunConfig, command: list[str]) -> Path:
+    """Score the teacher's heads, choose, write and print; returns the path of heads.json."""
+    began = time.perf_counter()
+    for name in ("teacher", "out"):
+        if not getattr(cfg, name):
+            raise UserError(f"config.{name} is empty; set --config.{name}=FOLDER.")
+    run = load_run(cfg.teacher)
+    model = run.info.model
+    if run.info.plan != HeadPlan.all_full(model.num_layers, model.num_heads, model.num_kv_heads):
+        raise UserError(f"config.teacher={cfg.teacher} is a student; give its teacher's folder.")
+    budget.check(cfg.select, model)
+    context = Context(
+        cfg.select,
+        model,
+        load_teacher=partial(_on_device, run, cfg.kernels),
+        load_tokenizer=partial(load_tokenizer, cfg.tokenizer or cfg.teacher),
+    )
+    # Effects are small differences: no TF32 or bf16 passes hidden behind fp32 arrays.
+    with jax.default_matmul_precision("float32"):
+        scores = SCORERS[cfg.select.scorer](context)
+    plan = budget.make_plan(scores.keys, cfg.select, model)
+    share = budget.tie_share(scores.score, plan, cfg.select, model) if scores.measured else None
+    facts = _provenance(cfg.select, scores) | make_lineage(command, None) | {
+        "teacher": cfg.teacher,
+        "teacher_hash": hash_params(run.params),
+        "tie_share": share,
+        "device": jax.devices()[0].device_kind,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    del facts["parent"], facts["parent_hash"]  # the teacher, under its own name
+
+    out = Path(cfg.out)
+    record = report.heads_record(scores, plan, model, cfg.hydra, facts)
+    report.write(out, record, report.draw(scores, plan, cfg.select.scorer))
+    print(report.summary(record, plan, cfg.select))
+    print(f"wrote {out / 'heads.json'} and heads.png in {facts['seconds']} s")
+    print(f"next: train.py, stage align, --config.teacher={cfg.teacher} "
+          f"--config.heads={out / 'heads.json'}")  # fmt: skip
+    return out / "heads.json"
+
+
+def _on_device(run: Run, kernels: KernelConfig) -> tuple[nnx.GraphDef, Params]:
+    graphdef, params = load_model(run, dtype=jnp.float32, kernels=kernels)
+    return graphdef, jax.device_put(params)
+
+
+def _provenance(cfg: SelectConfig, scores: Scores) -> dict[str, Any]:
+    """The settings that made the scores, and the pairs each probe rests on."""
+    settings = to_plain(cfg)
+    if not scores.measured:
+        settings = {name: settings[name] for name in CONTROL_SETTINGS}
+    return settings | {"probes": list(scores.counts), "pairs": scores.counts}
+
+
+def main(argv: list[str]) -> int:
+    try:
+        if argv[1:]:
+            raise UserError(f"leftover arguments {argv[1:]}; options are --config.select.seed=1.")
+        command = ["python", "-m", "hydrajax.selection", *sys.argv[1:]]
+        select(RunConfig.from_dict(flags.FLAGS.config), command)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", lock_config=True)
+    flags.mark_flag_as_required("config")
+    app.run(main)

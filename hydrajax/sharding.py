@@ -1,0 +1,102 @@
+"""One table from logical axes to mesh axes; everything that is placed is placed through it.
+
+FA and LA heads are different logical axes: their numbers differ per layer, and so does what
+divides them. An axis that does not divide its mesh axis is replicated, never padded silently;
+`replicated()` lists those for the start-up screen.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hydrajax.config import MeshConfig
+from hydrajax.typing import Array, UserError
+
+MESH_AXES = ("data", "fsdp", "model")
+
+# logical axis -> mesh axes. Weights are split over fsdp along the width, activations over rows.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "width": ("fsdp",),
+    "mlp": ("model",),
+    "vocab": ("model",),
+    "fa_heads": ("model",),
+    "fa_kv_heads": ("model",),
+    "la_heads": ("model",),
+    "la_kv_heads": ("model",),
+    "heads": ("model",),
+}
+
+
+def make_mesh(cfg: MeshConfig) -> Mesh:
+    """Mesh over all devices; the axis given as -1 takes what the others leave."""
+    sizes = [cfg.data, cfg.fsdp, cfg.model]
+    count = jax.device_count()
+    fixed = int(np.prod([s for s in sizes if s != -1]))
+    if -1 in sizes and count % fixed == 0:
+        sizes[sizes.index(-1)] = count // fixed
+    if int(np.prod(sizes)) != count or -1 in sizes:
+        raise UserError(
+            f"mesh data={cfg.data}, fsdp={cfg.fsdp}, model={cfg.model} does not fit {count} devices."
+        )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh_shape: dict[str, int]) -> P:
+    """PartitionSpec of an array with these logical axes; drops axes that do not divide.
+
+    Raises ValueError when two dimensions claim one mesh axis.
+    """
+    out, used = [], set()
+    for name, size in zip(axes, shape, strict=True):
+        mesh_axes = RULES[name] if name else ()
+        parts = int(np.prod([mesh_shape[a] for a in mesh_axes])) if mesh_axes else 1
+        if parts == 1 or size % parts:
+            out.append(None)
+            continue
+        if used & set(mesh_axes):
+            raise ValueError(f"mesh axes {mesh_axes} are claimed twice by {axes}")
+        used |= set(mesh_axes)
+        out.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0])
+    return P(*out)
+
+
+def param_shardings(
+    mesh: Mesh, axes: dict[str, tuple[str | None, ...]], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, NamedSharding]:
+    """Sharding of every parameter path."""
+    return {
+        path: NamedSharding(mesh, spec(axes[path], shapes[path], dict(mesh.shape))) for path in shapes
+    }
+
+
+def replicated(
+    mesh: Mesh, axes: dict[str, tuple[str | None, ...]], shapes: dict[str, tuple[int, ...]]
+) -> list[str]:
+    """Paths with a head axis that does not divide `model` and is therefore kept whole."""
+    size = mesh.shape["model"]
+    return [
+        path
+        for path, names in axes.items()
+        if any(n and n.endswith("heads") and d % size for n, d in zip(names, shapes[path], strict=True))
+    ]
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """Pin an activation to the mesh in use; without a mesh, or on one device, it is left alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(names, x.shape, dict(mesh.shape)))
+
+
+def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:
+    """Local rows of every process become global arrays, rows split over ("data", "fsdp")."""
+    sharding = NamedSharding(mesh, P(("data", "fsdp")))
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def device_kind(mesh: Mesh) -> str:
+    """Kind of the mesh's devices, e.g. "NVIDIA H100 80GB HBM3", for tables and reports."""
+    return mesh.devices.flat[0].device_kind

@@ -1,0 +1,102 @@
+"""What a run starts from, in this order: its own checkpoint, a parent run, teacher + head plan.
+
+Each arrow of the road reads only the folder before it: a stage with a parent takes model, plan
+and hydra flags from there, and `config.hydra` is read at the transplant alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from hydrajax.checkpoint import CheckpointStore, load_run, read_config
+from hydrajax.config import HydraConfig, ModelConfig, RunConfig, to_plain
+from hydrajax.head_plan import HeadPlan, load_plan
+from hydrajax.model import init_params, load_model
+from hydrajax.transplant import Teacher, transplant
+from hydrajax.typing import Params, UserError
+
+# What may change between a run and its resumption: nothing that alters the loss curve.
+FREE_ON_RESUME = ("train.log_every", "train.eval_every", "train.save_every", "train.keep",
+                  "train.profile", "train.tensorboard", "data.workers", "mesh.", "kernels.",
+                  "select.", "eval.")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Start:
+    """Shape of the student and, unless the run resumes, its first parameters."""
+
+    story: str  # one line for the start-up screen
+    model: ModelConfig
+    hydra: HydraConfig
+    plan: HeadPlan
+    params: Params | None  # None: restore step `resume` of the run's own folder
+    resume: int | None = None
+    parent: Path | None = None
+
+
+def find_start(
+    cfg: RunConfig, store: CheckpointStore, calibration: Callable[[], list[dict[str, np.ndarray]]]
+) -> Start:
+    """Follow the order above; UserError lists what was looked for when there is nothing."""
+    step = store.newest_valid()
+    if step is not None:
+        info = read_config(cfg.out)
+        _same_run(cfg, info.run)
+        return Start(f"resume step {step} of {cfg.out}", info.model, info.hydra, info.plan, None, step)
+    if cfg.stage == "pretrain" and not cfg.parent:
+        return _from_scratch(cfg)
+    if cfg.parent:
+        run = load_run(cfg.parent)
+        info, story = run.info, f"parent {cfg.parent}, step {run.step}"
+        return Start(story, info.model, info.hydra, info.plan, run.params, parent=info.path)
+    if cfg.teacher and cfg.heads:
+        return _from_teacher(cfg, calibration())
+    raise UserError(
+        f"stage {cfg.stage} has nothing to start from: no checkpoint in {cfg.out}, config.parent="
+        f"{cfg.parent!r}, config.teacher={cfg.teacher!r}, config.heads={cfg.heads!r}. Set "
+        "config.parent, or config.teacher and config.heads."
+    )
+
+
+def _from_scratch(cfg: RunConfig) -> Start:
+    model, hydra = cfg.model, HydraConfig.teacher()
+    plan = HeadPlan.all_full(model.num_layers, model.num_heads, model.num_kv_heads)
+    _, params = init_params(model, hydra, plan, cfg.seed)
+    return Start(f"random weights, seed {cfg.seed}", model, hydra, plan, params)
+
+
+def _from_teacher(cfg: RunConfig, batches: list[dict[str, np.ndarray]]) -> Start:
+    run, plan = load_run(cfg.teacher), load_plan(cfg.heads)
+    model = run.info.model
+    plan.fits(model.num_layers, model.num_heads, model.num_kv_heads)
+    graphdef, params = load_model(run, dtype=jnp.dtype(cfg.train.compute_dtype))
+    hydra = cfg.hydra.for_stage(cfg.stage)
+    student, report = transplant(Teacher(graphdef, params, model), hydra, plan, batches, cfg.seed)
+    story = f"transplant of {cfg.teacher} by {cfg.heads}: {report}"
+    return Start(story, model, cfg.hydra, plan, student, parent=run.info.path)
+
+
+def _same_run(cfg: RunConfig, stored: dict[str, Any] | None) -> None:
+    """Refuse to resume under a config that would change the curve."""
+    now, before = _leaves(to_plain(cfg)), _leaves(stored or {})
+    changed = [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(set(now) | set(before))
+        if now.get(key) != before.get(key) and not key.startswith(FREE_ON_RESUME)
+    ]
+    if changed:
+        raise UserError(
+            f"{cfg.out} holds a run with another config ({'; '.join(changed)}); restore these values "
+            "to resume it, or set config.out to a new folder."
+        )
+
+
+def _leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out

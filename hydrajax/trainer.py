@@ -1,0 +1,117 @@
+"""One optimiser step for every stage: micro-batches, gradients of sum / count, guarded update."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.tree_util import register_dataclass
+
+from hydrajax.config import RunConfig
+from hydrajax.model import bind
+from hydrajax.stages import STAGES
+from hydrajax.typing import Array, Params
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a checkpoint needs beside the position in the data."""
+
+    step: Array
+    params: Params  # fp32 masters, trained or not
+    opt_state: optax.OptState  # of the trained ones only
+
+
+register_dataclass(TrainState, ["step", "params", "opt_state"], [])
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Static structure of a run: graphs, the stage and its optimiser."""
+
+    student: nnx.GraphDef
+    teacher: nnx.GraphDef | None
+    run: RunConfig
+    tx: optax.GradientTransformation
+    learning_rate: optax.Schedule  # for the log: what `tx` applies at a step
+
+    def trainable(self, params: Params) -> Params:
+        trains = STAGES[self.run.stage].trains
+        return {path: p for path, p in params.items() if trains(path, self.run.train)}
+
+
+def make_train_step(programs: Programs):
+    """`step(state, teacher_params, batch) -> (state, metrics)`; jit it, donating the state.
+
+    A step whose gradient is not finite leaves parameters and moments as they were and reports
+    `nonfinite = 1`; what to do about it is the loop's choice.
+    """
+    stage, cfg = STAGES[programs.run.stage], programs.run.train
+
+    def loss(trained: Params, frozen: Params, teacher_params: Params, batch):
+        student = bind(programs.student, frozen | trained)
+        teacher = bind(programs.teacher, teacher_params) if programs.teacher is not None else None
+        total, count, metrics = stage.loss(student, teacher, batch, cfg)
+        return total, (count, metrics)
+
+    def step(state: TrainState, teacher_params: Params, batch: dict[str, Array]):
+        trained = programs.trainable(state.params)
+        frozen = {path: p for path, p in state.params.items() if path not in trained}
+
+        def micro(carry, rows):
+            (_, (count, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
+                trained, frozen, teacher_params, rows
+            )
+            return jax.tree.map(jnp.add, carry, (grads, count, metrics)), None
+
+        first, rest = _split_rows(batch, cfg.accum)
+        (_, (count, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
+            trained, frozen, teacher_params, first
+        )
+        sums = (grads, count, metrics)
+        if cfg.accum > 1:
+            sums, _ = jax.lax.scan(micro, sums, rest)
+        grads, count, metrics = sums
+        grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
+
+        norm = optax.global_norm(grads)
+        updates, opt_state = programs.tx.update(grads, state.opt_state, trained)
+        finite = jnp.isfinite(norm)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        trained = jax.tree.map(keep, optax.apply_updates(trained, updates), trained)
+        opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+        metrics |= {"grad_norm": (norm, 1.0), "nonfinite": (1.0 - finite, 1.0)}
+        return TrainState(state.step + 1, frozen | trained, opt_state), metrics
+
+    return step
+
+
+def make_eval_step(programs: Programs):
+    """`evaluate(params, teacher_params, batch) -> metrics`: the stage's loss without gradients."""
+    stage, cfg = STAGES[programs.run.stage], programs.run.train
+
+    def evaluate(params: Params, teacher_params: Params, batch: dict[str, Array]):
+        student = bind(programs.student, params)
+        teacher = bind(programs.teacher, teacher_params) if programs.teacher is not None else None
+        return stage.loss(student, teacher, batch, cfg)[2]
+
+    return evaluate
+
+
+def _split_rows(batch: dict[str, Array], accum: int) -> tuple[dict, dict]:
+    """First micro-batch, and the others stacked for a scan. Rows are dealt in strides, so that
+    every micro-batch holds rows of every device."""
+    dealt = {k: v.reshape(v.shape[0] // accum, accum, *v.shape[1:]) for k, v in batch.items()}
+    rest = {k: jnp.moveaxis(v[:, 1:], 1, 0) for k, v in dealt.items()}
+    return {k: v[:, 0] for k, v in dealt.items()}, rest
+
+
+def means(collected: list[dict[str, tuple[Array, Array]]]) -> dict[str, float]:
+    """Host side: sums over steps divided once; `nonfinite` stays a count."""
+    host = jax.device_get(collected)
+    out = {}
+    for name in host[0]:
+        total, count = (sum(float(m[name][i]) for m in host) for i in (0, 1))
+        out[name] = total if name == "nonfinite" else total / max(count, 1e-30)
+    return out

@@ -1,0 +1,158 @@
+"""Train one stage:  python train.py --config=configs/tiny/align.py [--config.train.steps=100 ...]
+
+Stages: pretrain (tiny teacher only), align, distill, extend. Each run has one folder, config.out:
+config.json, tokenizer files, checkpoints/, metrics.jsonl. Run the same command again to resume.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import config_flags
+
+from hydrajax import distributed
+from hydrajax.checkpoint import CheckpointStore, load_run, make_lineage, write_config
+from hydrajax.command import run_command
+from hydrajax.config import RunConfig, to_plain
+from hydrajax.data.pipeline import eval_rows, make_pipeline
+from hydrajax.loop import Loop, run_loop
+from hydrajax.metrics import MetricWriter, sparkline, train_flops_per_token
+from hydrajax.model import abstract_model, load_model, logical_axes, split_params
+from hydrajax.optim import make_optimizer, schedule, state_shardings
+from hydrajax.sharding import device_kind, make_mesh, param_shardings, replicated
+from hydrajax.stages import STAGES
+from hydrajax.start import find_start
+from hydrajax.tokenizer import load_tokenizer, save_tokenizer
+from hydrajax.trainer import Programs, TrainState
+from hydrajax.typing import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+CALIBRATION_TOKENS = 65_536
+HOLDOUT_ROWS = 64  # of the loss at the end of a run and every eval_every steps
+
+
+def main(argv: list[str]) -> None:
+    cfg = RunConfig.from_dict(CONFIG.value)
+    if not cfg.out:
+        raise UserError("config.out is empty; name the run's folder.")
+
+    # ---- devices -----------------------------------------------------------------------------
+    distributed.start()
+    mesh = make_mesh(cfg.mesh)
+    say(f"{jax.device_count()} x {device_kind(mesh)}, mesh {dict(mesh.shape)}, run {cfg.out}")
+
+    # ---- data --------------------------------------------------------------------------------
+    tokenizer = load_tokenizer(cfg.tokenizer or cfg.teacher or cfg.parent)
+    pipeline = make_pipeline(
+        cfg.data,
+        tokenizer,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+    def calibration() -> list[dict]:
+        """Training rows for the transplant, from the start of the stream, eight at a time."""
+        rows = make_pipeline(replace(cfg.data, rows=8, workers=0), tokenizer)
+        return [next(rows) for _ in range(max(1, CALIBRATION_TOKENS // (8 * cfg.data.seq_len)))]
+
+    # ---- what the run starts from ------------------------------------------------------------
+    store = CheckpointStore(cfg.out, keep=cfg.train.keep)
+    start = find_start(cfg, store, calibration)
+    say(f"start: {start.story}")
+    counts = [len(heads) for heads in start.plan.fa]
+    say(f"FA heads a layer {sparkline(counts, start.plan.num_heads)} "
+        f"({start.plan.num_fa} of {start.plan.num_layers * start.plan.num_heads})")  # fmt: skip
+    if start.resume is None and distributed.is_lead():
+        write_config(cfg.out, model=start.model, hydra=start.hydra, plan=start.plan,
+                     run=to_plain(cfg), lineage=make_lineage(sys.argv, start.parent))  # fmt: skip
+        save_tokenizer(tokenizer, cfg.out)
+
+    # ---- programs and state ------------------------------------------------------------------
+    stage, dtype = STAGES[cfg.stage], jnp.dtype(cfg.train.compute_dtype)
+    student = abstract_model(
+        start.model, start.hydra.for_stage(cfg.stage), start.plan,
+        dtype=dtype, remat=cfg.train.remat, kernels=cfg.kernels,
+    )  # fmt: skip
+    graphdef, abstract = split_params(student)
+    axes, shapes = logical_axes(student), {path: a.shape for path, a in abstract.items()}
+    shardings = param_shardings(mesh, axes, shapes)
+    for path in replicated(mesh, axes, shapes):
+        say(f"heads kept whole on every device (mesh.model={mesh.shape['model']}): {path}")
+
+    teacher_graph, teacher_params = None, {}
+    if stage.needs_teacher(cfg.train):
+        teacher_graph, teacher_params = load_teacher(cfg, mesh, dtype)
+    programs = Programs(
+        graphdef, teacher_graph, cfg,
+        tx=make_optimizer(cfg.optim, cfg.train.steps),
+        learning_rate=schedule(cfg.optim, cfg.train.steps),
+    )  # fmt: skip
+    trained = programs.trainable(abstract)
+    opt_shardings = state_shardings(programs.tx, trained, shardings, mesh)
+    if start.resume is None:
+        params = {path: jax.device_put(jnp.asarray(p, jnp.float32), shardings[path])
+                  for path, p in start.params.items()}  # fmt: skip
+        opt_state = jax.jit(programs.tx.init, out_shardings=opt_shardings)(programs.trainable(params))
+        state = TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+    else:
+        state = restore(store, start.resume, programs, abstract, shardings, opt_shardings, pipeline)
+
+    # ---- loop --------------------------------------------------------------------------------
+    total = sum(a.size for a in abstract.values())
+    say(f"{total:,} parameters, {sum(a.size for a in trained.values()):,} trained, "
+        f"{cfg.data.rows * cfg.data.seq_len:,} tokens a step")  # fmt: skip
+    writer = MetricWriter(
+        Path(cfg.out), start_step=int(state.step), total_steps=cfg.train.steps, stage=cfg.stage,
+        tensorboard=cfg.train.tensorboard,
+    )  # fmt: skip
+    loop = Loop(
+        programs, mesh, pipeline, store, writer,
+        holdout=eval_rows(
+            cfg.data, tokenizer, HOLDOUT_ROWS, process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        flops_per_token=train_flops_per_token(start.model, start.plan, cfg.data.seq_len, cfg.stage),
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        run_loop(loop, state, teacher_params)
+    say(f"done: {cfg.out}")
+
+
+def load_teacher(cfg: RunConfig, mesh, dtype):
+    """Frozen teacher in the compute dtype, placed like a student would be."""
+    if not cfg.teacher:
+        raise UserError(f"stage {cfg.stage} needs config.teacher, the folder of the teacher.")
+    run = load_run(cfg.teacher)
+    graphdef, params = load_model(run, dtype=dtype, kernels=cfg.kernels)
+    axes = logical_axes(abstract_model(run.info.model, run.info.hydra, run.info.plan))
+    shardings = param_shardings(mesh, axes, {path: p.shape for path, p in params.items()})
+    placed = {k: jax.device_put(jnp.asarray(p).astype(dtype), shardings[k]) for k, p in params.items()}
+    return graphdef, placed
+
+
+def restore(store, step, programs, abstract, shardings, opt_shardings, pipeline) -> TrainState:
+    """State and data position of an interrupted run, placed on this mesh."""
+    def target(tree, places):
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, places)
+
+    trained = programs.trainable(abstract)
+    found = store.restore(step, {
+        "params": target(abstract, {path: shardings[path] for path in abstract}),
+        "opt_state": target(jax.eval_shape(programs.tx.init, trained), opt_shardings),
+    })  # fmt: skip
+    pipeline.set_state(found["data"])
+    return TrainState(jnp.asarray(step, jnp.int32), found["params"], found["opt_state"])
+
+
+def say(line: str) -> None:
+    """Start-up screen, from one process."""
+    if distributed.is_lead():
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    run_command(main)
