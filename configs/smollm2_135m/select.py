@@ -1,0 +1,23 @@
+"""Choose SmolLM2's FA heads at 3:1 by counterfactual needle pairs.
+
+    python -m hydrajax.selection --config=configs/smollm2_135m/select.py[:arm=random]
+
+One H100 or H200: under a minute. Writes runs/smollm2_135m/<arm>/select/.
+"""
+
+from configs import common
+from configs.smollm2_135m.model import FAMILY, TEACHER
+
+
+def get_config(argument: str | None = None):
+    options = common.variants(argument, arm="causal", smoke="")
+    config = common.base("safe")
+    config.teacher = TEACHER
+    config.out = common.run_dir(FAMILY, options["arm"], "select")
+    config.select.context = 1024
+    common.set_arm(config, options["arm"])
+    if options["smoke"]:
+        config.out = config.out.replace("runs/", "runs/smoke/", 1)
+        config.select.probes, config.select.context = ("needle_single_2",), 256
+        config.select.pairs, config.select.min_pairs = 2, 1
+    return config
