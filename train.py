@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import flags
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from hydrajax import distributed
@@ -30,7 +32,6 @@ from hydrajax.trainer import Programs, TrainState
 from hydrajax.typing import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-CALIBRATION_TOKENS = 65_536
 HOLDOUT_ROWS = 64  # of the loss at the end of a run and every eval_every steps
 
 
@@ -56,7 +57,8 @@ def main(argv: list[str]) -> None:
     def calibration() -> list[dict]:
         """Training rows for the transplant, from the start of the stream, eight at a time."""
         rows = make_pipeline(replace(cfg.data, rows=8, workers=0), tokenizer)
-        return [next(rows) for _ in range(max(1, CALIBRATION_TOKENS // (8 * cfg.data.seq_len)))]
+        batches = max(1, cfg.train.calibration_tokens // (8 * cfg.data.seq_len))
+        return [next(rows) for _ in range(batches)]
 
     # ---- what the run starts from ------------------------------------------------------------
     store = CheckpointStore(cfg.out, keep=cfg.train.keep)
@@ -91,14 +93,17 @@ def main(argv: list[str]) -> None:
         learning_rate=schedule(cfg.optim, cfg.train.steps),
     )  # fmt: skip
     trained = programs.trainable(abstract)
-    opt_shardings = state_shardings(programs.tx, trained, shardings, mesh)
+    places = TrainState(
+        NamedSharding(mesh, P()), shardings, state_shardings(programs.tx, trained, shardings, mesh)
+    )
     if start.resume is None:
-        params = {path: jax.device_put(jnp.asarray(p, jnp.float32), shardings[path])
-                  for path, p in start.params.items()}  # fmt: skip
-        opt_state = jax.jit(programs.tx.init, out_shardings=opt_shardings)(programs.trainable(params))
-        state = TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+        params = {path: jnp.asarray(p, jnp.float32) for path, p in start.params.items()}
+        params = jax.device_put(params, shardings)
+        init = jax.jit(programs.tx.init, out_shardings=places.opt_state)
+        step = jax.device_put(jnp.zeros((), jnp.int32), places.step)
+        state = TrainState(step, params, init(programs.trainable(params)))
     else:
-        state = restore(store, start.resume, programs, abstract, shardings, opt_shardings, pipeline)
+        state = restore(store, start.resume, programs, abstract, places, pipeline)
 
     # ---- loop --------------------------------------------------------------------------------
     total = sum(a.size for a in abstract.values())
@@ -109,7 +114,7 @@ def main(argv: list[str]) -> None:
         tensorboard=cfg.train.tensorboard,
     )  # fmt: skip
     loop = Loop(
-        programs, mesh, pipeline, store, writer,
+        programs, mesh, places, pipeline, store, writer,
         holdout=eval_rows(
             cfg.data, tokenizer, HOLDOUT_ROWS, process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -133,18 +138,25 @@ def load_teacher(cfg: RunConfig, mesh, dtype):
     return graphdef, placed
 
 
-def restore(store, step, programs, abstract, shardings, opt_shardings, pipeline) -> TrainState:
+def restore(store, step, programs, abstract, places: TrainState, pipeline) -> TrainState:
     """State and data position of an interrupted run, placed on this mesh."""
-    def target(tree, places):
-        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, places)
 
-    trained = programs.trainable(abstract)
-    found = store.restore(step, {
-        "params": target(abstract, {path: shardings[path] for path in abstract}),
-        "opt_state": target(jax.eval_shape(programs.tx.init, trained), opt_shardings),
-    })  # fmt: skip
+    def target(tree, shardings):
+        return jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings
+        )
+
+    opt_state = jax.eval_shape(programs.tx.init, programs.trainable(abstract))
+    found = store.restore(
+        step,
+        {
+            "params": target(abstract, places.params),
+            "opt_state": target(opt_state, places.opt_state),
+        },
+    )
     pipeline.set_state(found["data"])
-    return TrainState(jnp.asarray(step, jnp.int32), found["params"], found["opt_state"])
+    count = jax.device_put(jnp.asarray(step, jnp.int32), places.step)
+    return TrainState(count, found["params"], found["opt_state"])
 
 
 def say(line: str) -> None:

@@ -5,7 +5,7 @@
 
 from ml_collections import ConfigDict
 
-from hydrajax.config import RunConfig, preset_values, to_config_dict
+from hydrajax.config import ModelConfig, RunConfig, preset_values, to_config_dict, to_plain
 from hydrajax.typing import UserError
 
 
@@ -45,9 +45,33 @@ def set_arm(config: ConfigDict, arm: str) -> None:
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """The same run in seconds: a few steps on a few rows, in a folder of its own."""
-    config.out = config.out.replace("runs/", "runs/smoke/", 1)
-    for name in ("parent", "heads"):
+    """The same run in seconds: few steps, short rows, a random teacher, folders of its own.
+
+    The teacher is made by `train.py --config=configs/<family>/teacher.py`; heads are drawn, since
+    a random teacher answers no probe.
+    """
+    for name in ("out", "parent", "heads"):
         config[name] = config[name].replace("runs/", "runs/smoke/", 1)
-    config.train.steps, config.train.log_every, config.data.rows = 4, 1, 4
+    config.teacher = config.out.rsplit("/", 2)[0] + "/teacher"
+    config.select.scorer = "random"
+    config.train.steps, config.train.log_every = 4, 1
+    config.train.calibration_tokens, config.data.workers = 1024, 0
+    config.mesh.data, config.mesh.fsdp = -1, 1
+    config.data.files, config.data.synthetic, config.data.synthetic_share = ("sample",), "", 0.0
+    config.data.rows, config.data.seq_len = 4, 64
+    config.eval.tasks, config.eval.lengths, config.eval.depths = ("needle_single_2",), (256,), 2
+    config.eval.prompts, config.eval.rows, config.eval.agreement_rows = 1, 2, 2
+    config.eval.ppl_lengths, config.eval.ppl_tokens = (64,), 512
+    config.eval.runs = tuple(run.replace("runs/", "runs/smoke/", 1) for run in config.eval.runs)
+    return config
+
+
+def smoke_teacher(family: str, model: ModelConfig) -> ConfigDict:
+    """Pretraining of a random teacher of a family's shape, for `:smoke` runs alone."""
+    config = base()
+    config.stage, config.model, config.tokenizer = "pretrain", to_plain(model), "bytes"
+    config.out = run_dir(family, "teacher")
+    config = smoke(config)
+    config.out = run_dir("smoke", family, "teacher")
+    config.teacher = ""
     return config

@@ -209,6 +209,11 @@ class SelectConfig:
             "unit": ("q_head", "kv_group"),
             "answer_prefix": ("clean", "own"),
         })  # fmt: skip
+        if self.rows < 1 or not self.pairs >= self.min_pairs >= 1 or self.context < 8:
+            raise UserError(
+                "select needs rows >= 1, pairs >= min_pairs >= 1 and context >= 8, got "
+                f"{self.rows}, {self.pairs}, {self.min_pairs}, {self.context}."
+            )
         if not 0 <= self.ratio <= 1:
             raise UserError(f"select.ratio must lie in [0, 1], got {self.ratio}.")
         if (self.alloc == "layerwise") != (self.scorer == "layerwise"):
@@ -298,7 +303,8 @@ class StageConfig:
     ce_weight: float = 0.0  # distill: cross entropy beside the KL
     kl_weight: float = 0.0  # extend: KL beside the cross entropy
     kl_temperature: float = 1.0
-    loss_chunk: int = 512  # positions whose logits exist at a time
+    calibration_tokens: int = 65_536  # align: tokens that set gamma at the transplant
+    loss_chunk: int = 8192  # tokens, of all rows, whose logits exist at a time
     remat: str = "block"  # none | block | dots (keep matmul outputs)
     compute_dtype: str = "bfloat16"  # bfloat16 | float32
     log_every: int = 10

@@ -17,12 +17,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from jax.tree_util import register_dataclass
 
 from hydrajax.cache import DecodeState
 from hydrajax.checkpoint import RunInfo, load_run
+from hydrajax.command import run_command
 from hydrajax.config import KernelConfig, ModelConfig
 from hydrajax.model import bind, load_model
 from hydrajax.tokenizer import Tokenizer, load_tokenizer
@@ -311,17 +312,12 @@ def _run(args: flags.FlagValues) -> None:
     print(f"{count} tokens, {rate:.1f} tokens/s with compilation", file=sys.stderr)
 
 
-def main(argv: list[str]) -> int:
-    try:
-        if argv[1:]:
-            raise UserError(f"Arguments {argv[1:]} are not flags; quote the text of --prompt.")
-        _run(flags.FLAGS)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        raise UserError(f"Arguments {argv[1:]} are not flags; quote the text of --prompt.")
+    _run(flags.FLAGS)
 
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    run_command(main)

@@ -27,6 +27,7 @@ class Loop:
 
     programs: Programs
     mesh: Mesh
+    places: TrainState  # sharding of every leaf of the state
     pipeline: Any  # data.pipeline.Pipeline
     store: CheckpointStore
     writer: MetricWriter
@@ -37,7 +38,10 @@ class Loop:
 def run_loop(loop: Loop, state: TrainState, teacher_params: dict) -> TrainState:
     """Train to `train.steps`; returns the last state. SIGTERM saves and returns early."""
     cfg = loop.programs.run.train
-    step_fn = jax.jit(make_train_step(loop.programs), donate_argnames=("state",))
+    # Shardings are pinned: were the compiler free to choose, the second step would compile again.
+    step_fn = jax.jit(
+        make_train_step(loop.programs), donate_argnames=("state",), out_shardings=(loop.places, None)
+    )
     eval_fn = jax.jit(make_eval_step(loop.programs))
     tokens_per_step = loop.programs.run.data.rows * loop.programs.run.data.seq_len
     chrono, pending, skipped = Chrono(), [], 0

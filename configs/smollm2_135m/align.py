@@ -1,6 +1,6 @@
 """Align the hybrid blocks of the SmolLM2 student with the teacher's, all layers at once.
 
-    python train.py --config=configs/smollm2_135m/align.py[:arm=random]
+python train.py --config=configs/smollm2_135m/align.py[:arm=random]
 """
 
 from configs import common

@@ -1,6 +1,6 @@
 """Distil the aligned SmolLM2 student: KL to the teacher over the whole vocabulary.
 
-    python train.py --config=configs/smollm2_135m/distill.py[:arm=random]
+python train.py --config=configs/smollm2_135m/distill.py[:arm=random]
 """
 
 from configs import common

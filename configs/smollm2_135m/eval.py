@@ -1,6 +1,6 @@
 """Needle recall and perplexity of SmolLM2 and its students, on the same prompts and text.
 
-    python -m hydrajax.evals --config=configs/smollm2_135m/eval.py
+python -m hydrajax.evals --config=configs/smollm2_135m/eval.py
 """
 
 from configs import common
@@ -13,7 +13,7 @@ def get_config(argument: str | None = None):
     options = common.variants(argument, smoke="")
     config = common.base("safe")
     config.teacher = TEACHER
-    config.out = common.run_dir(FAMILY, "eval")
+    config.out = common.run_dir(FAMILY, "all", "eval")
     config.eval.runs = tuple(f"{arm}={common.run_dir(FAMILY, arm, 'extend')}" for arm in ARMS)
     config.eval.tasks = ("needle_single_2", "needle_multikey_1", "kv_list")
     config.eval.lengths = (512, 1024, 2048, 4096)
@@ -23,11 +23,4 @@ def get_config(argument: str | None = None):
     config.eval.ppl_lengths = (512, 2048)
     config.eval.ppl_tokens = 262_144
     config.data.files = (TEXT,)
-    if options["smoke"]:
-        config.out = config.out.replace("runs/", "runs/smoke/", 1)
-        config.eval.runs = tuple(run.replace("runs/", "runs/smoke/", 1) for run in config.eval.runs)
-        config.data.files = ("sample",)
-        config.eval.tasks, config.eval.lengths = ("needle_single_2",), (256,)
-        config.eval.prompts, config.eval.depths, config.eval.ppl_lengths = 1, 2, (128,)
-        config.eval.ppl_tokens, config.eval.agreement_rows, config.eval.rows = 512, 2, 2
-    return config
+    return common.smoke(config) if options["smoke"] else config

@@ -1,6 +1,6 @@
 """Train the distilled SmolLM2 student on next tokens at 2K context, retrieval mixed in.
 
-    python train.py --config=configs/smollm2_135m/extend.py[:arm=random]
+python train.py --config=configs/smollm2_135m/extend.py[:arm=random]
 """
 
 from configs import common

@@ -19,10 +19,9 @@ def stage(name: str, options: dict[str, str]):
     config.stage = name
     config.teacher = TEACHER
     config.out = common.run_dir(FAMILY, options["arm"], name)
-    config.data.files = ("sample",) if options["smoke"] else (TEXT,)
+    config.data.files = (TEXT,)
     config.data.synthetic = "needle_single_2"
     config.data.synthetic_share = 0.1
     config.data.seq_len = 512
     config.data.rows = 128
-    config.train.loss_chunk = 8192
     return config

@@ -16,8 +16,4 @@ def get_config(argument: str | None = None):
     config.out = common.run_dir(FAMILY, options["arm"], "select")
     config.select.context = 1024
     common.set_arm(config, options["arm"])
-    if options["smoke"]:
-        config.out = config.out.replace("runs/", "runs/smoke/", 1)
-        config.select.probes, config.select.context = ("needle_single_2",), 256
-        config.select.pairs, config.select.min_pairs = 2, 1
-    return config
+    return common.smoke(config) if options["smoke"] else config

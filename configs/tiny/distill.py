@@ -1,6 +1,6 @@
 """Distil the aligned tiny student end to end: KL to the teacher over all answers.
 
-    python train.py --config=configs/tiny/distill.py[:arm=random|layerwise]
+python train.py --config=configs/tiny/distill.py[:arm=random|layerwise]
 """
 
 from configs import common
@@ -8,10 +8,10 @@ from configs.tiny.model import stage
 
 
 def get_config(argument: str | None = None):
-    options = common.variants(argument, arm="causal", smoke="")
+    options = common.variants(argument, arm="causal")
     config = stage("distill", options)
     config.parent = common.run_dir("tiny", options["arm"], "align")
     config.train.steps = 150
     config.optim.peak_lr = 1e-3
     config.optim.end_lr = 1e-5
-    return common.smoke(config) if options["smoke"] else config
+    return config

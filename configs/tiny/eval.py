@@ -12,10 +12,10 @@ ARMS = ("causal", "random", "layerwise")
 
 
 def get_config(argument: str | None = None):
-    options = common.variants(argument, smoke="")
+    common.variants(argument)
     config = common.base("safe")
     config.teacher = TEACHER
-    config.out = common.run_dir(FAMILY, "eval")
+    config.out = common.run_dir(FAMILY, "all", "eval")
     config.eval.runs = tuple(f"{arm}={common.run_dir(FAMILY, arm, 'extend')}" for arm in ARMS)
     config.eval.tasks = ("recall",)
     config.eval.lengths = (64, 128)
@@ -29,6 +29,4 @@ def get_config(argument: str | None = None):
     config.data.answer_only = True
     config.data.seq_len = 128
     config.train.compute_dtype = "float32"
-    if options["smoke"]:
-        config.eval.prompts = 1
     return config

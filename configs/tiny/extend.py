@@ -1,6 +1,6 @@
 """Train the distilled tiny student on next tokens at twice the context.
 
-    python train.py --config=configs/tiny/extend.py[:arm=random|layerwise]
+python train.py --config=configs/tiny/extend.py[:arm=random|layerwise]
 """
 
 from configs import common
@@ -8,7 +8,7 @@ from configs.tiny.model import stage
 
 
 def get_config(argument: str | None = None):
-    options = common.variants(argument, arm="causal", smoke="")
+    options = common.variants(argument, arm="causal")
     config = stage("extend", options)
     config.parent = common.run_dir("tiny", options["arm"], "distill")
     config.data.seq_len = 256
@@ -16,4 +16,4 @@ def get_config(argument: str | None = None):
     config.train.steps = 40
     config.optim.peak_lr = 1e-4
     config.optim.schedule = "constant"
-    return common.smoke(config) if options["smoke"] else config
+    return config

@@ -36,6 +36,5 @@ def stage(name: str, options: dict[str, str]):
     config.data.rows = 32
     config.train.compute_dtype = "float32"
     config.train.remat = "none"
-    config.train.loss_chunk = 8192
     config.optim.warmup_steps = 10
     return config

@@ -1,7 +1,7 @@
 """Train the tiny retrieval teacher from scratch on synthetic recall.
 
-    python train.py --config=configs/tiny/pretrain.py:short      (8 pairs a row)
-    python train.py --config=configs/tiny/pretrain.py            (up to 32, starts from the former)
+python train.py --config=configs/tiny/pretrain.py:short      (8 pairs a row)
+python train.py --config=configs/tiny/pretrain.py            (up to 32, starts from the former)
 """
 
 from configs import common

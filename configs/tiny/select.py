@@ -10,7 +10,7 @@ from configs.tiny.model import FAMILY, TEACHER
 
 
 def get_config(argument: str | None = None):
-    options = common.variants(argument, arm="causal", smoke="")
+    options = common.variants(argument, arm="causal")
     config = common.base("safe")
     config.teacher = TEACHER
     config.out = common.run_dir(FAMILY, options["arm"], "select")

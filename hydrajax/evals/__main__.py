@@ -12,10 +12,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from hydrajax.checkpoint import make_lineage
+from hydrajax.command import run_command
 from hydrajax.config import RunConfig
 from hydrajax.evals import report
 from hydrajax.evals.subject import Subject
@@ -63,7 +64,7 @@ def run(cfg: RunConfig) -> None:
         subjects(cfg, paths, tokenizer), cfg, tokenizer, has_teacher=bool(cfg.teacher)
     )
     devices = jax.devices()
-    meta = make_lineage([Path(sys.argv[0]).name, *sys.argv[1:]], None) | {
+    meta = make_lineage(["python", "-m", "hydrajax.evals", *sys.argv[1:]], None) | {
         "device": f"{len(devices)} x {devices[0].device_kind}",
         "compute_dtype": cfg.train.compute_dtype,
         "seeds": {"eval": cfg.eval.seed, "data": cfg.data.seed},
@@ -74,18 +75,13 @@ def run(cfg: RunConfig) -> None:
     print(f"{written[0]} and {len(written) - 1} figures")
 
 
-def main(argv: list[str]) -> int:
-    try:
-        if argv[1:]:
-            raise UserError(f"Arguments {argv[1:]} are unknown; settings are --config.name=value.")
-        run(RunConfig.from_dict(flags.FLAGS.config))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        raise UserError(f"Arguments {argv[1:]} are unknown; settings are --config.name=value.")
+    run(RunConfig.from_dict(flags.FLAGS.config))
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", lock_config=True)
     flags.mark_flag_as_required("config")
-    app.run(main)
+    run_command(main)

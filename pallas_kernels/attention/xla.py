@@ -8,7 +8,8 @@ and the window leave, a list made while tracing. Short inputs take one dense til
 XLA fuses well. Matmul operands have the input dtype; logits and sums are fp32.
 
     B batch   T query tokens   S key tokens   N = K G query heads   K key and value heads
-    H head dim   Queries of one key head are the rows [T, G] of one matmul: k and v are not repeated
+    H head dim   U = T G rows, the queries of one key head token by token: they are the rows of one
+    matmul, so k and v are never repeated
 """
 
 import jax
@@ -20,7 +21,7 @@ from pallas_kernels.precision import accumulator, dot
 
 # Up to this many logits for each row and head the dense tile is faster than the scan.
 DENSE_LOGITS = 1024 * 1024
-BLOCK = 512
+BLOCK = 1024
 
 
 def check(params) -> None:
@@ -29,40 +30,38 @@ def check(params) -> None:
 
 def forward(params, q, k, v, q_ids, kv_ids, offset):
     """Return (o [B,T,N,H], lse [B,T,N] fp32)."""
-    q_BKTGH, k_BKSH, v_BKSH = _heads_first(q, k), _keys_first(k), _keys_first(v)
+    q_BKUH, k_BKSH, v_BKSH = _heads_first(q, k), _keys_first(k), _keys_first(v)
     if _is_dense(params):
         mask = _dense_mask(params, q_ids, kv_ids, offset)
-        top, total, o = _tile(params, q_BKTGH, k_BKSH, v_BKSH, mask)
+        top, total, o = _tile(params, q_BKUH, k_BKSH, v_BKSH, mask)
     else:
-        top, total, o = _scan_forward(params, q_BKTGH, k_BKSH, v_BKSH, q_ids, kv_ids, offset)
+        top, total, o = _scan_forward(params, q_BKUH, k_BKSH, v_BKSH, q_ids, kv_ids, offset)
     seen = total > 0
     o = o / jnp.where(seen, total, 1)[..., None]
     lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1)), jnp.inf)
-    T = q.shape[1]
-    o, lse = _heads_last(o[:, :, :T]), _heads_last(lse[:, :, :T, :, None])[..., 0]
-    return o.astype(q.dtype), lse
+    return _heads_last(params, o).astype(q.dtype), _heads_last(params, lse[..., None])[..., 0]
 
 
 def backward(params, q, k, v, q_ids, kv_ids, offset, o, lse, do):
     """Return the gradients of q, k and v, recomputing the weights from lse."""
     acc = accumulator(q.dtype)
     delta = jnp.sum(do.astype(acc) * o.astype(acc), -1, keepdims=True)
-    q_BKTGH, k_BKSH, v_BKSH, do_BKTGH = (
+    q_BKUH, k_BKSH, v_BKSH, do_BKUH = (
         _heads_first(q, k),
         _keys_first(k),
         _keys_first(v),
         _heads_first(do, k),
     )
     lse, delta = _heads_first(lse[..., None], k), _heads_first(delta, k)
-    rows = (q_BKTGH, do_BKTGH, lse, delta)
+    rows = (q_BKUH, do_BKUH, lse, delta)
     if _is_dense(params):
         mask = _dense_mask(params, q_ids, kv_ids, offset)
         dq, dk, dv = _tile_gradients(params, *rows, k_BKSH, v_BKSH, mask)
     else:
         dq, dk, dv = _scan_backward(params, rows, k_BKSH, v_BKSH, q_ids, kv_ids, offset)
-    T, S = q.shape[1], k.shape[1]
+    S = k.shape[1]
     dk, dv = (jnp.swapaxes(x[:, :, :S], 1, 2).astype(q.dtype) for x in (dk, dv))
-    return _heads_last(dq[:, :, :T]).astype(q.dtype), dk, dv
+    return _heads_last(params, dq).astype(q.dtype), dk, dv
 
 
 def _is_dense(params) -> bool:
@@ -70,26 +69,26 @@ def _is_dense(params) -> bool:
 
 
 def _tile(params, q, k, v, mask):
-    """Attend inside one tile: row maximum and sum [B,K,T,G], unnormalised output [B,K,T,G,H]."""
+    """Attend inside one tile: row maximum and sum [B,K,U], unnormalised output [B,K,U,H]."""
     logits = _logits(params, q, k, mask)
     top = logits.max(-1)
     weights = jnp.exp(logits - _finite(top)[..., None])
-    o = dot("bktgs,bksh->bktgh", weights.astype(q.dtype), v)
+    o = dot("bkus,bksh->bkuh", weights.astype(q.dtype), v)
     return top, weights.sum(-1), o
 
 
 def _tile_gradients(params, q, do, lse, delta, k, v, mask):
     weights = jnp.exp(_logits(params, q, k, mask) - lse)
-    dv = dot("bktgs,bktgh->bksh", weights.astype(q.dtype), do)
-    dweights = dot("bktgh,bksh->bktgs", do, v)
+    dv = dot("bkus,bkuh->bksh", weights.astype(q.dtype), do)
+    dweights = dot("bkuh,bksh->bkus", do, v)
     dlogits = (params.scale * weights * (dweights - delta)).astype(q.dtype)
-    dq = dot("bktgs,bksh->bktgh", dlogits, k)
-    dk = dot("bktgs,bktgh->bksh", dlogits, q)
+    dq = dot("bkus,bksh->bkuh", dlogits, k)
+    dk = dot("bkus,bkuh->bksh", dlogits, q)
     return dq, dk, dv
 
 
 def _logits(params, q, k, mask):
-    logits = params.scale * dot("bktgh,bksh->bktgs", q, k)
+    logits = params.scale * dot("bkuh,bksh->bkus", q, k)
     return logits if mask is None else jnp.where(mask, logits, -jnp.inf)
 
 
@@ -110,7 +109,7 @@ def _scan_forward(params, q, k, v, q_ids, kv_ids, offset):
     acc = accumulator(q.dtype)
     (rows, columns), pairs = _blocks(params)
     q, k, v = _pad(q, rows, 2), _pad(k, columns, 2), _pad(v, columns, 2)
-    ids = _pad(q_ids, rows, 1), _pad(kv_ids, columns, 1)
+    ids = _pad(_row_ids(params, q_ids), rows, 1), _pad(kv_ids, columns, 1)
     top = jnp.full(q.shape[:-1], -jnp.inf, acc)
     carry = (top, jnp.zeros_like(top), jnp.zeros(q.shape, acc))
 
@@ -134,7 +133,7 @@ def _scan_backward(params, rows_args, k, v, q_ids, kv_ids, offset):
     lse = _pad(lse, rows, 2, jnp.inf)
     q, do, delta = _pad(q, rows, 2), _pad(do, rows, 2), _pad(delta, rows, 2)
     k, v = _pad(k, columns, 2), _pad(v, columns, 2)
-    ids = _pad(q_ids, rows, 1), _pad(kv_ids, columns, 1)
+    ids = _pad(_row_ids(params, q_ids), rows, 1), _pad(kv_ids, columns, 1)
 
     def pair(carry, start):
         row, column = start[0], start[1]
@@ -155,45 +154,58 @@ def _scan_backward(params, rows_args, k, v, q_ids, kv_ids, offset):
 
 
 def _blocks(params):
-    """Block sizes of queries and keys, and the starts of the pairs that can see each other."""
-    T, S = params.shape_q[1], params.shape_k[1]
-    rows, columns = min(BLOCK, T), min(BLOCK, S)
+    """Rows and columns of a block, and the starts (row, column) of the pairs with work."""
+    T, S, G = params.shape_q[1], params.shape_k[1], _group(params)
+    tokens, columns = min(BLOCK, T), min(BLOCK, S)
     pairs = [
-        (row, column)
-        for row in range(0, T, rows)
+        (token * G, column)
+        for token in range(0, T, tokens)
         for column in range(0, S, columns)
-        if _can_see(params, row, column, rows, columns)
+        if _can_see(params, token, column, tokens, columns)
     ]
-    return (rows, columns), np.array(pairs, np.int32).reshape(-1, 2)
+    return (tokens * G, columns), np.array(pairs, np.int32).reshape(-1, 2)
 
 
-def _can_see(params, row, column, rows, columns) -> bool:
+def _can_see(params, token, column, tokens, columns) -> bool:
     if params.q_offset is None or not params.causal:
         return True
-    first, last = params.q_offset + row, params.q_offset + row + rows - 1
+    first, last = params.q_offset + token, params.q_offset + token + tokens - 1
     if column > last:
         return False
     return params.window is None or first - (column + columns - 1) < params.window
 
 
 def _block_mask(params, ids, offset, row, column, rows, columns):
-    q_ids, kv_ids = ids
-    if q_ids is not None:
-        q_ids = jax.lax.dynamic_slice_in_dim(q_ids, row, rows, 1)
+    row_ids, kv_ids = ids
+    if row_ids is not None:
+        row_ids = jax.lax.dynamic_slice_in_dim(row_ids, row, rows, 1)
         kv_ids = jax.lax.dynamic_slice_in_dim(kv_ids, column, columns, 1)
     S = params.shape_k[1]
     at = column + positions(columns)
-    mask = visible(params, q_ids, kv_ids, offset, row + positions(rows), at)
+    tokens = (row + positions(rows)) // _group(params)
+    mask = visible(params, row_ids, kv_ids, offset, tokens, at)
     if S % columns:
         mask &= at < S
-    return mask[:, None, :, None]
+    return mask[:, None]
 
 
 def _dense_mask(params, q_ids, kv_ids, offset):
     if not params.causal and q_ids is None:
         return None
-    rows, columns = (positions(shape[1]) for shape in (params.shape_q, params.shape_k))
-    return visible(params, q_ids, kv_ids, offset, rows, columns)[:, None, :, None]
+    rows, columns = params.shape_q[1] * _group(params), params.shape_k[1]
+    tokens = positions(rows) // _group(params)
+    row_ids = _row_ids(params, q_ids)
+    return visible(params, row_ids, kv_ids, offset, tokens, positions(columns))[:, None]
+
+
+def _group(params) -> int:
+    """Query heads of one key head."""
+    return params.shape_q[2] // params.shape_k[2]
+
+
+def _row_ids(params, q_ids):
+    """[B,T] -> [B,U]"""
+    return None if q_ids is None else jnp.repeat(q_ids, _group(params), axis=1)
 
 
 def _cut(x, start, size):
@@ -213,16 +225,16 @@ def _pad(x, multiple: int, axis: int, value=0):
 
 
 def _heads_first(x, k):
-    """[B,T,N,.] -> [B,K,T,G,.]"""
+    """[B,T,N,.] -> [B,K,U,.]"""
     B, T, N, D = x.shape
     K = k.shape[2]
-    return x.reshape(B, T, K, N // K, D).transpose(0, 2, 1, 3, 4)
+    return x.reshape(B, T, K, N // K, D).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, D)
 
 
-def _heads_last(x):
-    """[B,K,T,G,.] -> [B,T,N,.]"""
-    B, K, T, G, D = x.shape
-    return x.transpose(0, 2, 1, 3, 4).reshape(B, T, K * G, D)
+def _heads_last(params, x):
+    """[B,K,U and padding,.] -> [B,T,N,.]"""
+    (B, T, N, _), K, G = params.shape_q, params.shape_k[2], _group(params)
+    return x[:, :, : T * G].reshape(B, K, T, G, -1).transpose(0, 2, 1, 3, 4).reshape(B, T, N, -1)
 
 
 def _keys_first(x):

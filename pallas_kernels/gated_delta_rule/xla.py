@@ -23,7 +23,6 @@ from jax import Array
 
 from pallas_kernels.precision import accumulator, dot
 
-
 # Chunks in one turn of the scans' loop: launches and slices of a turn are fused and overlap.
 UNROLL = 4
 

@@ -102,7 +102,7 @@ def test_an_offset_is_the_same_traced_or_not():
 
 
 def test_long_sequences_make_no_square():
-    T = 8192
+    T = 16384
     x = jax.ShapeDtypeStruct((1, T, 1, 64), jnp.bfloat16)
     ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
 

@@ -1,0 +1,27 @@
+"""Facts of the Qwen3-1.7B road: folders, data, what its stages share.
+
+Preset `paper` with HALO's budgets and rates (2601.22156; HydraHead reports the same ones). The
+teacher is imported by
+    python convert_torch.py import --source Qwen/Qwen3-1.7B --out teachers/qwen3_1p7b
+(a hub id or a local folder) and the text tokenised by
+    python -m hydrajax.data --files ... --tokenizer teachers/qwen3_1p7b --out corpora/qwen3.tokens
+"""
+
+from configs import common
+
+FAMILY = "qwen3_1p7b"
+TEACHER = "teachers/qwen3_1p7b"
+TEXT = "corpora/qwen3.tokens"
+
+
+def stage(name: str, options: dict[str, str]):
+    """What the Qwen3 stages share. The mesh is for 8 devices; widen fsdp for a pod."""
+    config = common.base("paper")
+    config.stage = name
+    config.teacher = TEACHER
+    config.out = common.run_dir(FAMILY, options["arm"], name)
+    config.data.files = (TEXT,)
+    config.data.workers = 4
+    config.train.save_every = 500
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    return config
