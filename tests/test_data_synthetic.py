@@ -116,11 +116,25 @@ def test_recall_row_answers_every_query(tokenizers):
         tokens, answers = synthetic.training_row("recall", rng, length, tokenizers["bytes"])
         text = tokenizers["bytes"].decode(tokens)
         pairs, queries = text.split("|")
-        known = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        known = {pairs[i]: pairs[i + 1] for i in range(0, len(pairs), 3)}
         assert len(text) == length == len(answers)
-        assert len(known) == len(set(known.values())) == len(pairs) // 2
-        assert all(known[k] == v for k, v in zip(queries[::2], queries[1::2], strict=False))
-        assert "".join(np.array(list(text))[answers == 1]) == queries[1::2]
+        assert len(known) == len(set(known.values())) == len(pairs) // 3
+        assert pairs[::3] == pairs[2::3]
+        assert all(known[k] == v for k, v in zip(queries[::3], queries[1::3], strict=False))
+        marked = np.array(list(text))
+        marked[answers == 0] = "."
+        marked = "".join(marked)
+        assert marked[: len(pairs)] == "".join(f"..{k}" for k in known)
+        assert marked[len(pairs) + 1 :: 3] == "." * len(queries[::3])
+        assert marked[len(pairs) + 2 :: 3] == queries[1::3]
+
+
+def test_recall_rows_are_often_short_and_sometimes_full(tokenizers):
+    rng = np.random.default_rng(0)
+    rows = [synthetic.training_row("recall", rng, 128, tokenizers["bytes"])[0] for _ in range(400)]
+    pairs = np.array([list(row).index(ord("|")) // 3 for row in rows])
+    assert pairs.min() == 2 and pairs.max() == 21
+    assert 5 <= np.median(pairs) <= 8
 
 
 def test_training_row_marks_the_answer(case):

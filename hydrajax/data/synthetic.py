@@ -189,7 +189,7 @@ def encode_example(example: Example, tokenizer: Tokenizer) -> Encoded | None:
 
 def training_row(task: str, rng: np.random.Generator, seq_len: int,
                  tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most `seq_len` tokens and, per token, 1 where it is (part of) an answer."""
+    """Return at most `seq_len` tokens and, per token, 1 where the row itself determines it."""
     if task == "recall":
         _check_characters(tokenizer)
         text, answers = _recall_row(rng, seq_len)
@@ -293,44 +293,52 @@ def _assemble(task: str, parts: _Parts, sentences: list[str], cuts: list[int],
     return Example(task, before, answer, after, depth)
 
 
-# Single characters: "a7k3m9|k3a7…" pairs, then queries in the same form.
+# Single characters: "a7ak3km9m|k3ka7a…", pairs and then queries in the same form. The repeated
+# key makes the task learnable in a few hundred steps: writing it needs a head that looks one token
+# back, and only such a head lets another find a value by its key. As "a7k3m9|k3a7…" the same task
+# stays at chance for thousands of steps. Few pairs are easy, so their number is log-uniform.
 
 
-def _recall_row(rng: np.random.Generator, length: int, pairs: int = 0) -> tuple[str, np.ndarray]:
-    """Return pairs and queries as text, and 1 at each queried value; pairs=0 draws a number."""
+def _recall_row(rng: np.random.Generator, length: int) -> tuple[str, np.ndarray]:
+    """Return pairs and queries as text, and 1 at queried values and repeated keys."""
     most = _most_pairs(length)
-    pairs = pairs or int(rng.integers(min(4, most), most + 1))
-    keys = rng.permutation(list(KEYS))[:pairs]
-    values = rng.permutation(list(VALUES))[:pairs]
-    asked = rng.integers(pairs, size=length // 2)
-    text = "".join(k + v for k, v in zip(keys, values, strict=True)) + "|"
-    text += "".join(keys[i] + values[i] for i in asked)
+    pairs = min(most, int(np.exp(rng.uniform(np.log(min(2, most)), np.log(most + 1)))))
+    triples = _triples(rng, pairs)
+    asked = rng.integers(pairs, size=length // 3 + 1)
+    text = "".join(triples) + "|" + "".join(triples[i] for i in asked)
     answers = np.zeros(len(text), np.float32)
-    answers[2 * pairs + 2 :: 2] = 1
+    answers[2 : 3 * pairs : 3] = 1
+    answers[3 * pairs + 2 :: 3] = 1
+    answers[3 * pairs + 3 :: 3] = 1
     return text[:length], answers[:length]
-
-
-def _check_characters(tokenizer: Tokenizer) -> None:
-    if len(tokenizer.encode(KEYS + VALUES)) != len(KEYS + VALUES):
-        raise UserError("recall needs one token per character: use the bytes tokenizer.")
-
-
-def _most_pairs(length: int) -> int:
-    """Leave at least half of a row to queries: each one is a lesson."""
-    if length < 8:
-        raise UserError(f"recall: {length} tokens are too few; it needs at least 8.")
-    return min(MAX_PAIRS, (length - 2) // 4)
 
 
 def _recall(rng: np.random.Generator, tokens: int, depth: float) -> Example:
     """Make a row whose last query is about the pair at `depth`, and no other query is."""
     pairs = _most_pairs(tokens)
     target = round(depth * (pairs - 1))
-    keys = rng.permutation(list(KEYS))[:pairs]
-    values = rng.permutation(list(VALUES))[:pairs]
-    others = [i for i in range(pairs) if i != target] or [target]
-    asked = rng.choice(others, size=(tokens - 2 * pairs - 3) // 2) if pairs > 1 else []
-    text = "".join(k + v for k, v in zip(keys, values, strict=True))
-    queries = "|" + "".join(keys[i] + values[i] for i in asked) + keys[target]
-    at = 2 * target + 1
-    return Example("recall", text[:at], str(values[target]), text[at + 1 :] + queries, depth)
+    triples = _triples(rng, pairs)
+    others = [t for i, t in enumerate(triples) if i != target]
+    asked = rng.integers(len(others), size=(tokens - 3 * pairs - 3) // 3) if others else ()
+    text, (key, value, _) = "".join(triples), triples[target]
+    queries = "|" + "".join(others[i] for i in asked) + key
+    at = 3 * target + 1
+    return Example("recall", text[:at], value, text[at + 1 :] + queries, depth)
+
+
+def _triples(rng: np.random.Generator, pairs: int) -> list[str]:
+    """Draw key, value, key with keys and values that differ from pair to pair."""
+    keys, values = (rng.permutation(list(symbols))[:pairs] for symbols in (KEYS, VALUES))
+    return [k + v + k for k, v in zip(keys, values, strict=True)]
+
+
+def _most_pairs(length: int) -> int:
+    """Leave at least half of a row to queries: each one is a lesson."""
+    if length < 8:
+        raise UserError(f"recall: {length} tokens are too few; it needs at least 8.")
+    return min(MAX_PAIRS, (length - 2) // 6)
+
+
+def _check_characters(tokenizer: Tokenizer) -> None:
+    if len(tokenizer.encode(KEYS + VALUES)) != len(KEYS + VALUES):
+        raise UserError("recall needs one token per character: use the bytes tokenizer.")
