@@ -76,6 +76,7 @@ def run_loop(loop: Loop, state: TrainState, teacher_params: dict) -> TrainState:
         if step == cfg.steps:
             _evaluate(loop, eval_fn, state, teacher_params, step)
         loop.store.close()
+    loop.pipeline.close()
     loop.writer.close()
     return state
 

@@ -11,7 +11,7 @@ def get_config(argument: str | None = None):
     options = common.variants(argument, arm="causal", smoke="")
     config = stage("align", options)
     config.heads = common.run_dir(FAMILY, options["arm"], "select/heads.json")
-    config.train.steps = 300
+    config.train.steps = 150
     config.optim.peak_lr = 1e-3
     config.optim.end_lr = 1e-5
     return common.smoke(config) if options["smoke"] else config

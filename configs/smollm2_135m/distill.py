@@ -11,7 +11,7 @@ def get_config(argument: str | None = None):
     options = common.variants(argument, arm="causal", smoke="")
     config = stage("distill", options)
     config.parent = common.run_dir(FAMILY, options["arm"], "align")
-    config.train.steps = 600
+    config.train.steps = 400
     config.optim.peak_lr = 4e-4
     config.optim.end_lr = 1e-5
     return common.smoke(config) if options["smoke"] else config

@@ -15,12 +15,12 @@ def get_config(argument: str | None = None):
     config.teacher = TEACHER
     config.out = common.run_dir(FAMILY, "all", "eval")
     config.eval.runs = tuple(f"{arm}={common.run_dir(FAMILY, arm, 'extend')}" for arm in ARMS)
-    config.eval.tasks = ("needle_single_2", "needle_multikey_1", "kv_list")
+    config.eval.tasks = ("needle_single_2", "needle_multikey_1")
     config.eval.lengths = (512, 1024, 2048, 4096)
     config.eval.depths = 5
     config.eval.prompts = 40
-    config.eval.rows = 40
-    config.eval.ppl_lengths = (512, 2048)
+    config.eval.rows = 20
+    config.eval.ppl_lengths = (1024, 4096)
     config.eval.ppl_tokens = 262_144
     config.data.files = (TEXT,)
     return common.smoke(config) if options["smoke"] else config

@@ -13,7 +13,7 @@ def get_config(argument: str | None = None):
     config.parent = common.run_dir(FAMILY, options["arm"], "distill")
     config.data.seq_len = 2048
     config.data.rows = 32
-    config.train.steps = 100
+    config.train.steps = 40
     config.optim.peak_lr = 3e-5
     config.optim.schedule = "constant"
     return common.smoke(config) if options["smoke"] else config

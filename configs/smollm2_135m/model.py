@@ -23,5 +23,7 @@ def stage(name: str, options: dict[str, str]):
     config.data.synthetic = "needle_single_2"
     config.data.synthetic_share = 0.1
     config.data.seq_len = 512
-    config.data.rows = 128
+    config.data.rows = 64
+    config.train.remat = "none"  # 80 GB and more; "block" on smaller devices
+    config.optim.warmup_steps = 20
     return config
