@@ -1,0 +1,44 @@
+# The road, top to bottom. Both goals need only Python 3.11 or newer, pip and make.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+ARMS   := causal random layerwise
+
+.PHONY: quickstart test lint setup setup-dev clean
+
+quickstart: setup  ## import → select → align → distill → extend → eval → generate → export, on configs/tiny
+	$(PY) convert_torch.py import --source configs/tiny/teacher --out teachers/tiny --overwrite
+	for arm in $(ARMS); do \
+	  $(PY) -m hydrajax.selection --config=configs/tiny/select.py:arm=$$arm && \
+	  $(PY) train.py --config=configs/tiny/align.py:arm=$$arm && \
+	  $(PY) train.py --config=configs/tiny/distill.py:arm=$$arm && \
+	  $(PY) train.py --config=configs/tiny/extend.py:arm=$$arm || exit 1; \
+	done
+	$(PY) convert_torch.py export --run runs/tiny/causal/extend --out runs/tiny/causal/export --overwrite
+	$(PY) -m hydrajax.generation --run=runs/tiny/causal/extend --prompt='a1b2c3d4e5f6|c3a1e' --max_new_tokens=1
+	$(PY) -m hydrajax.evals --config=configs/tiny/eval.py
+
+test: setup-dev  ## every test that this machine can run
+	$(PY) -m pytest
+
+lint: setup-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --editable .
+	touch $@
+
+# torch first and pinned: a range would take a build with gigabytes of CUDA packages.
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PY) -m pip install --quiet torch==2.13.0
+	$(PY) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs teachers corpora
