@@ -15,7 +15,7 @@ from hydrajax.cache import KVCache, LayerState
 from hydrajax.config import HydraConfig, KernelConfig, ModelConfig
 from hydrajax.deltanet import LinearHeads
 from hydrajax.head_plan import LayerPlan
-from hydrajax.layers import INIT_STD, Sequence, constant, project, rms_norm, weight
+from hydrajax.layers import Sequence, constant, project, rms_norm, weight
 from hydrajax.sharding import constrain
 from hydrajax.typing import Array, Float, Int
 
@@ -137,8 +137,7 @@ class HydraAttention(nnx.Module):
         self.la = LinearHeads(cfg, hydra, plan, layer, kernels, rngs) if plan.la else None
         self.kv = None if hydra.qkv_split else TiedKV(cfg, rngs)
         self.fusion = Fusion(cfg, hydra, plan, rngs)
-        std = INIT_STD / (2 * cfg.num_layers) ** 0.5
-        self.w_o = weight(rngs, (n, h, d), ("heads", None, "width"), std)
+        self.w_o = weight(rngs, (n, h, d), ("heads", None, "width"))
         self.b_o = constant((d,), (None,)) if cfg.out_bias else None
 
     def __call__(self, x: Float[Array, "B T D"], seq: Sequence) -> tuple[Array, Array]:

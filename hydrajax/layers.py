@@ -54,7 +54,7 @@ class SwiGLU(nnx.Module):
         self.dtype = dtype
         self.w_gate = weight(rngs, (d, f), ("width", "mlp"))
         self.w_up = weight(rngs, (d, f), ("width", "mlp"))
-        self.w_down = weight(rngs, (f, d), ("mlp", "width"), INIT_STD / math.sqrt(2 * cfg.num_layers))
+        self.w_down = weight(rngs, (f, d), ("mlp", "width"))
         self.b_gate = constant((f,), ("mlp",)) if cfg.mlp_bias else None
         self.b_up = constant((f,), ("mlp",)) if cfg.mlp_bias else None
         self.b_down = constant((d,), (None,)) if cfg.mlp_bias else None

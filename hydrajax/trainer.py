@@ -75,7 +75,7 @@ def make_train_step(programs: Programs):
         grads, count, metrics = sums
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
 
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = programs.tx.update(grads, state.opt_state, trained)
         finite = jnp.isfinite(norm)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
