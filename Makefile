@@ -1,4 +1,4 @@
-# The road, top to bottom. Both goals need only Python 3.11 or newer, pip and make.
+# The road, top to bottom. `quickstart` and `test` need only Python 3.11 or newer, pip and make.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -6,20 +6,21 @@ ARMS   := causal random layerwise
 
 .PHONY: quickstart test lint setup setup-dev clean
 
-quickstart: setup  ## import → select → align → distill → extend → eval → generate → export, on configs/tiny
+quickstart: setup  ## import → three arms → export → generate → evals, on configs/tiny
 	$(PY) convert_torch.py import --source configs/tiny/teacher --out teachers/tiny --overwrite
-	for arm in $(ARMS); do \
-	  $(PY) -m hydrajax.selection --config=configs/tiny/select.py:arm=$$arm && \
-	  $(PY) train.py --config=configs/tiny/align.py:arm=$$arm && \
-	  $(PY) train.py --config=configs/tiny/distill.py:arm=$$arm && \
-	  $(PY) train.py --config=configs/tiny/extend.py:arm=$$arm || exit 1; \
-	done
+	$(MAKE) --jobs=2 --output-sync=line $(ARMS:%=arm-%)
 	$(PY) convert_torch.py export --run runs/tiny/causal/extend --out runs/tiny/causal/export --overwrite
-	$(PY) -m hydrajax.generation --run=runs/tiny/causal/extend --prompt='a1b2c3d4e5f6|c3a1e' --max_new_tokens=1
+	$(PY) -m hydrajax.generation --run=runs/tiny/causal/extend --prompt='a1ab2bc3c|b2ba' --max_new_tokens=1
 	$(PY) -m hydrajax.evals --config=configs/tiny/eval.py
 
+arm-%: setup  ## select → align → distill → extend for one way to choose heads
+	$(PY) -m hydrajax.selection --config=configs/tiny/select.py:arm=$*
+	$(PY) train.py --config=configs/tiny/align.py:arm=$*
+	$(PY) train.py --config=configs/tiny/distill.py:arm=$*
+	$(PY) train.py --config=configs/tiny/extend.py:arm=$*
+
 test: setup-dev  ## every test that this machine can run
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses=2 --dist=loadfile
 
 lint: setup-dev
 	$(PY) -m ruff check .

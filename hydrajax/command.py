@@ -14,12 +14,12 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     Orbax reports each file it writes at INFO, which would bury the progress line.
     """
 
-    def guarded(argv: list[str]) -> None:
+    def quiet(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
-        try:
-            main(argv)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+        main(argv)
 
-    app.run(guarded)
+    try:
+        app.run(quiet)  # config files run while flags are parsed: their errors end here too
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

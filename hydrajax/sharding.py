@@ -93,6 +93,13 @@ def constrain(x: Array, *names: str | None) -> Array:
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:
     """Local rows of every process become global arrays, rows split over ("data", "fsdp")."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = len(batch["tokens"]) * jax.process_count()
+    if rows % parts:
+        raise UserError(
+            f"{rows} rows cannot be split over mesh data x fsdp = {parts}; set data.rows to a "
+            f"multiple of {parts}, or give devices to mesh.model."
+        )
     sharding = NamedSharding(mesh, P(("data", "fsdp")))
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 

@@ -58,6 +58,9 @@ def transplant(
 ) -> tuple[Params, Report]:
     """Student parameters (fp32). `batches` are calibration rows; `taylor`, `calibrated` and `ols`
     read them, and UserError says so when they are missing."""
+    needs_data = hydra.gamma_init in ("calibrated", "ols") or hydra.gdn_init == "taylor"
+    if needs_data and plan.num_fa < plan.num_layers * plan.num_heads and not batches:
+        raise UserError("transplant: gdn_init=taylor and gamma_init=calibrated|ols need calibration rows.")
     graphdef, params = init_params(teacher.cfg, hydra, plan, seed, dtype=jnp.float32)
     counts = {"copied": 0, "cloned": 0, "new": 0}
     for path in params:
@@ -69,9 +72,6 @@ def transplant(
     rng = np.random.default_rng(seed)
     for l in range(plan.num_layers):
         params |= _fresh(f"layers.{l}.attn", params, teacher, hydra, plan.layer(l), rng)
-    needs_data = hydra.gamma_init in ("calibrated", "ols") or hydra.gdn_init == "taylor"
-    if needs_data and plan.num_fa < plan.num_layers * plan.num_heads and not batches:
-        raise UserError("transplant: gdn_init=taylor and gamma_init=calibrated|ols need calibration rows.")
     if hydra.gdn_init == "taylor" and batches:
         params |= _taylor(teacher, plan, batches[0])
     params |= _gamma(teacher, graphdef, params, hydra, plan, batches)

@@ -11,6 +11,7 @@ import pytest
 
 from hydrajax.checkpoint import CheckpointStore, make_lineage, params_hash, write_config
 from hydrajax.config import HydraConfig, ModelConfig, RopeConfig, RunConfig, SelectConfig
+from hydrajax.data.synthetic import VALUES
 from hydrajax.head_plan import HeadPlan, load_plan, ratios
 from hydrajax.model import abstract_model, bind, split_params
 from hydrajax.selection.__main__ import select
@@ -56,7 +57,9 @@ def circuit():
         if path.endswith("scale"):
             params[path][:] = 1
     params["embed.w"][:CODE, here] = eye
-    params["unembed.w"][answer, :CODE] = eye
+    # Values alone can be said: a row also repeats its keys, which this circuit would find too.
+    values = [ord(v) for v in VALUES]
+    params["unembed.w"][answer, values] = eye[:, values]
     turn = 100.0 ** -(np.arange(0, CODE, 2) / CODE)
     first, second = "layers.0.attn", "layers.1.attn"
     params[f"{first}.fa.b_q"][0] = 8 * np.r_[np.ones(CODE // 2), np.zeros(CODE // 2)]

@@ -7,17 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hydrajax.config import DataConfig, HydraConfig, ModelConfig, OptimConfig, RunConfig, StageConfig
+from hydrajax.config import (
+    DataConfig,
+    HydraConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    StageConfig,
+)
 from hydrajax.head_plan import HeadPlan
 from hydrajax.model import abstract_model, split_params
 from hydrajax.optim import make_optimizer, schedule
 from hydrajax.trainer import Programs, TrainState, make_train_step
 
 CFG = ModelConfig(
-    vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4
+    vocab_size=32, width=16, mlp_width=24, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4
 )
-PLAN = HeadPlan(((0, 3), (1,)), 4, 2)
-FULL = HeadPlan.all_full(2, 4, 2)
+PLAN = HeadPlan(((0, 3),), 4, 2)
+CFG2, PLAN2 = replace(CFG, num_layers=2), HeadPlan(((0, 3), (1,)), 4, 2)
+HYDRA = HydraConfig(chunk=16)
 
 
 def draw(hydra: HydraConfig, plan: HeadPlan, cfg: ModelConfig = CFG, seed: int = 0, **kwargs):
@@ -35,28 +43,37 @@ def teacher(cfg: ModelConfig = CFG):
     return draw(HydraConfig.teacher(), full, cfg, seed=1)
 
 
-def run_config(stage: str, rows: int = 4, train: dict | None = None, **optim) -> RunConfig:
-    rates = dict(peak_lr=1e-2, end_lr=1e-3, warmup_steps=0, weight_decay=0.1) | optim
+def run_config(stage: str, optim: dict | None = None, **train) -> RunConfig:
+    rates = dict(peak_lr=1e-2, schedule="constant", warmup_steps=0, weight_decay=0.1)
     return RunConfig(
         stage=stage,
-        train=StageConfig(**dict(remat="none", compute_dtype="float32", steps=10) | (train or {})),
-        optim=OptimConfig(**rates),
-        data=DataConfig(rows=rows, seq_len=16),
+        train=StageConfig(**dict(remat="none", compute_dtype="float32", steps=10) | train),
+        optim=OptimConfig(**rates | (optim or {})),
+        data=DataConfig(rows=4, seq_len=16),
         model=CFG if stage == "pretrain" else None,
     )
 
 
-def programs(cfg: RunConfig, hydra: HydraConfig = HydraConfig(), plan: HeadPlan = PLAN,
-             model: ModelConfig = CFG, seed: int = 0) -> tuple[Programs, TrainState]:  # fmt: skip
+def programs(
+    cfg: RunConfig, model: ModelConfig = CFG, plan: HeadPlan = PLAN, hydra: HydraConfig = HYDRA
+) -> tuple[Programs, TrainState]:
     """Programs of a run and its first state."""
-    graphdef, params = draw(hydra, plan, model, seed)
+    graphdef, params = draw(hydra, plan, model)
     tx, rate = make_optimizer(cfg.optim, cfg.train.steps), schedule(cfg.optim, cfg.train.steps)
     made = Programs(graphdef, teacher(model)[0], cfg, tx, rate)
-    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(made.trainable(params)))
-    return made, state
+    return made, TrainState(
+        jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(made.trainable(params))
+    )
 
 
-def batch(rows: int = 4, length: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
+@functools.cache
+def compiled(cfg: RunConfig, model: ModelConfig = CFG, plan: HeadPlan = PLAN):
+    """(programs, first state, compiled train step), shared by the tests: compiling is the cost."""
+    made, state = programs(cfg, model, plan)
+    return made, state, jax.jit(make_train_step(made))
+
+
+def batch(rows: int = 4, length: int = 16, seed: int = 0) -> dict[str, jax.Array]:
     """Rows of one or two documents with padding at the end."""
     rng = np.random.default_rng(seed)
     ids = {k: np.zeros((rows, length), np.int32) for k in ("segment_ids", "positions")}
@@ -65,14 +82,5 @@ def batch(rows: int = 4, length: int = 16, seed: int = 0) -> dict[str, np.ndarra
         for segment, (a, b) in enumerate(zip([0, *ends[:-1]], ends, strict=True), 1):
             ids["segment_ids"][row, a:b], ids["positions"][row, a:b] = segment, np.arange(b - a)
     tokens = rng.integers(0, CFG.vocab_size, (rows, length), dtype=np.int32)
-    return {"tokens": tokens, "loss_mask": np.ones((rows, length), np.float32), **ids}
-
-
-def one_step(made: Programs, state: TrainState, rows: dict, teacher_params=None):
-    """The compiled train step, once."""
-    params = teacher()[1] if teacher_params is None else teacher_params
-    return jax.jit(make_train_step(made))(state, params, {k: jnp.asarray(v) for k, v in rows.items()})
-
-
-def with_train(cfg: RunConfig, **train) -> RunConfig:
-    return replace(cfg, train=replace(cfg.train, **train))
+    mask = np.ones((rows, length), np.float32)
+    return {k: jnp.asarray(v) for k, v in {"tokens": tokens, "loss_mask": mask, **ids}.items()}

@@ -18,15 +18,16 @@ def get_config(argument: str | None = None):
     config.out = common.run_dir(FAMILY, "all", "eval")
     config.eval.runs = tuple(f"{arm}={common.run_dir(FAMILY, arm, 'extend')}" for arm in ARMS)
     config.eval.tasks = ("recall",)
-    config.eval.lengths = (64, 128)
+    config.eval.lengths = (32, 64)
     config.eval.depths = 5
+    config.eval.agreement_rows = 0
     config.eval.prompts = 20
     config.eval.rows = 50
-    config.eval.ppl_lengths = (128,)
+    config.eval.ppl_lengths = (64,)
     config.eval.ppl_tokens = 8192
     config.data.synthetic = "recall"
     config.data.synthetic_share = 1.0
     config.data.answer_only = True
-    config.data.seq_len = 128
+    config.data.seq_len = 64
     config.train.compute_dtype = "float32"
     return config

@@ -11,9 +11,9 @@ def get_config(argument: str | None = None):
     options = common.variants(argument, arm="causal")
     config = stage("extend", options)
     config.parent = common.run_dir("tiny", options["arm"], "distill")
-    config.data.seq_len = 256
+    config.data.seq_len = 128
     config.data.rows = 16
-    config.train.steps = 40
+    config.train.steps = 10
     config.optim.peak_lr = 1e-4
     config.optim.schedule = "constant"
     return config

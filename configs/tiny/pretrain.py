@@ -20,11 +20,13 @@ def get_config(argument: str | None = None):
     config.data.synthetic = "recall"
     config.data.synthetic_share = 1.0
     config.data.answer_only = True
-    config.data.seq_len = 128
-    config.data.rows = 128
+    config.data.seq_len = 64
+    config.data.rows = 32
+    # A high, constant rate and small batches: recall appears suddenly, and a decaying rate or
+    # large batches wait for it much longer.
     config.optim.peak_lr = 3e-3
-    config.optim.end_lr = 1e-5
-    config.train.steps = 3000
+    config.optim.schedule = "constant"
+    config.train.steps = 1500
     config.train.compute_dtype = "float32"
     config.train.remat = "none"
     config.train.log_every = 100

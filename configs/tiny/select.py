@@ -15,7 +15,7 @@ def get_config(argument: str | None = None):
     config.teacher = TEACHER
     config.out = common.run_dir(FAMILY, options["arm"], "select")
     config.select.probes = ("recall",)
-    config.select.context = 128
+    config.select.context = 64
     config.select.pairs = 32
     config.select.rows = 32
     common.set_arm(config, options["arm"])

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
 from hydrajax.checkpoint import Run, hash_params, load_run, make_lineage
+from hydrajax.command import run_command
 from hydrajax.config import KernelConfig, RunConfig, SelectConfig, to_plain
 from hydrajax.head_plan import HeadPlan
 from hydrajax.model import load_model
@@ -82,19 +83,14 @@ def _provenance(cfg: SelectConfig, scores: Scores) -> dict[str, Any]:
     return settings | {"probes": list(scores.counts), "pairs": scores.counts}
 
 
-def main(argv: list[str]) -> int:
-    try:
-        if argv[1:]:
-            raise UserError(f"leftover arguments {argv[1:]}; options are --config.select.seed=1.")
-        command = ["python", "-m", "hydrajax.selection", *sys.argv[1:]]
-        select(RunConfig.from_dict(flags.FLAGS.config), command)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        raise UserError(f"leftover arguments {argv[1:]}; options are --config.select.seed=1.")
+    command = ["python", "-m", "hydrajax.selection", *sys.argv[1:]]
+    select(RunConfig.from_dict(flags.FLAGS.config), command)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", lock_config=True)
     flags.mark_flag_as_required("config")
-    app.run(main)
+    run_command(main)
