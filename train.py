@@ -134,7 +134,9 @@ def load_teacher(cfg: RunConfig, mesh, dtype):
     graphdef, params = load_model(run, dtype=dtype, kernels=cfg.kernels)
     axes = logical_axes(abstract_model(run.info.model, run.info.hydra, run.info.plan))
     shardings = param_shardings(mesh, axes, {path: p.shape for path, p in params.items()})
-    placed = {k: jax.device_put(jnp.asarray(p).astype(dtype), shardings[k]) for k, p in params.items()}
+    placed = {
+        k: jax.device_put(jnp.asarray(p).astype(dtype), shardings[k]) for k, p in params.items()
+    }
     return graphdef, placed
 
 

@@ -55,6 +55,7 @@ def empty_leaf(leaf: Any) -> Any:
 
 def compare(what: str, want: Arrays, found: Arrays, most: int = 20) -> None:
     """Refuse to restore into another shape, dtype or set of arrays; prints the difference."""
+
     def show(entry: tuple[tuple[int, ...], str] | None) -> str:
         return f"{entry[1]}[{','.join(map(str, entry[0]))}]" if entry else "nothing"
 
@@ -70,6 +71,7 @@ def compare(what: str, want: Arrays, found: Arrays, most: int = 20) -> None:
 
 def hash_params(params: Mapping[str, Any]) -> str:
     """sha256 of paths, dtypes, shapes and bytes: equal for equal weights, wherever they lie."""
+
     def line(path: str) -> str:
         value = np.ascontiguousarray(params[path])
         digest = hashlib.sha256(value.reshape(-1).view(np.uint8).data).hexdigest()

@@ -65,7 +65,12 @@ class FullHeads(nnx.Module):
         return self._attend(q, k, v, seq.segment_ids)
 
     def prefill(
-        self, x: Float[Array, "B T D"], seq: Sequence, kv, cache: KVCache, at: Int[Array, "B"] | None
+        self,
+        x: Float[Array, "B T D"],
+        seq: Sequence,
+        kv,
+        cache: KVCache,
+        at: Int[Array, "B"] | None,
     ) -> tuple[Float[Array, "B T A H"], KVCache]:
         """Append T tokens at each row's position `at`; `None` says that the cache is empty."""
         q, k, v = self.qkv(x, seq, kv)
@@ -100,7 +105,9 @@ class FullHeads(nnx.Module):
             return jax.nn.sigmoid(project("btd,da->bta", x, self.w_z, self.b_z))[..., None]
         return jax.nn.sigmoid(project("btd,dah->btah", x, self.w_z, self.b_z))
 
-    def qkv(self, x: Array, seq: Sequence, kv: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
+    def qkv(
+        self, x: Array, seq: Sequence, kv: tuple[Array, Array] | None
+    ) -> tuple[Array, Array, Array]:
         """Queries (scaled by s_t where that is on), keys and values with norm and positions."""
         q = project("btd,dah->btah", x, self.w_q, self.b_q)
         if kv is None:

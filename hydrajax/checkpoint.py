@@ -309,6 +309,7 @@ def make_lineage(command: list[str], parent: str | Path | None) -> dict[str, Any
 
 def _commit() -> str | None:
     """Commit of this source tree, "+" appended if it has changes; None outside of git."""
+
     def git(*args: str) -> str:
         return subprocess.run(
             ["git", *args], cwd=here.parent, capture_output=True, text=True, check=True, timeout=10

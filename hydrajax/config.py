@@ -11,84 +11,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from hydrajax.model_config import ModelConfig, check_choices, one_of
 from hydrajax.typing import UserError
 
-FAMILIES = ("llama", "qwen2", "qwen3", "smollm3", "mistral")
 STAGES = ("pretrain", "align", "distill", "extend")
-
-
-def _one_of(owner: str, name: str, value: Any, allowed: tuple) -> None:
-    if value not in allowed:
-        raise UserError(f"{owner}.{name}={value!r} is unknown; choose one of {', '.join(map(str, allowed))}.")
-
-
-def _check_choices(owner: str, cfg: Any, choices: dict[str, tuple]) -> None:
-    for name, allowed in choices.items():
-        _one_of(owner, name, getattr(cfg, name), allowed)
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding of the teacher; field meanings are those of Hugging Face's rope styles."""
-
-    theta: float = 10_000.0
-    kind: str = "default"  # default | linear | llama3 | yarn
-    factor: float = 1.0
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    original_context: int = 0  # llama3, yarn: context before scaling
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float = 0.0  # yarn: 0 means 0.1 ln(factor) + 1
-    truncate: bool = True  # yarn: round the correction range to whole dimensions
-
-    def __post_init__(self):
-        _one_of("rope", "kind", self.kind, ("default", "linear", "llama3", "yarn"))
-        if self.theta <= 0 or self.factor < 1:
-            raise UserError(f"rope needs theta > 0 and factor >= 1, got {self.theta} and {self.factor}.")
-        if self.kind in ("llama3", "yarn") and self.original_context < 1:
-            raise UserError(f"rope.kind={self.kind} needs original_context >= 1.")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Facts of a decoder LM (Llama, Qwen2, Qwen3, SmolLM3, Mistral); nothing about hybrids."""
-
-    family: str = "llama"
-    vocab_size: int = 0
-    width: int = 0
-    mlp_width: int = 0
-    num_layers: int = 0
-    num_heads: int = 0
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig()
-    qk_norm: bool = False  # RMSNorm of [head_dim] on q and k before rope (Qwen3)
-    qkv_bias: bool = False  # Qwen2, Llama with attention_bias
-    out_bias: bool = False  # Llama with attention_bias
-    mlp_bias: bool = False
-    tied_embeddings: bool = True
-    no_rope_layers: tuple[int, ...] = ()  # layers without rope (SmolLM3)
-    max_context: int = 2048
-    bos_id: int = -1  # -1: none
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int = -1
-
-    def __post_init__(self):
-        _one_of("model", "family", self.family, FAMILIES)
-        for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads",
-                     "head_dim", "max_context"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"model.num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}."
-            )
-        if self.head_dim % 2:
-            raise UserError(f"model.head_dim must be even for rope, got {self.head_dim}.")
-        if self.no_rope_layers and not set(self.no_rope_layers) <= set(range(self.num_layers)):
-            raise UserError(f"model.no_rope_layers={self.no_rope_layers} names layers that do not exist.")
 
 
 # What a preset changes against the defaults of HydraConfig (the flags that stages and selection
@@ -96,8 +22,15 @@ class ModelConfig:
 HYDRA_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": dict(fa_logit_scale="always", la_short_conv="identity", gdn_init="fla"),
-    "halo": dict(la_gate="sigmoid", neg_eigval=True, fusion="joint_norm", gdn_init="fla",
-                 gate_init="random", gamma_init="one", nope_from="distill"),
+    "halo": dict(
+        la_gate="sigmoid",
+        neg_eigval=True,
+        fusion="joint_norm",
+        gdn_init="fla",
+        gate_init="random",
+        gamma_init="one",
+        nope_from="distill",
+    ),
     "safe": dict(fa_pos="rope", fa_logit_scale="off", fa_gate="none", fusion="la_only_norm"),
 }
 STAGE_PRESETS: dict[str, dict[str, Any]] = {
@@ -110,7 +43,7 @@ SELECT_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": dict(alloc="global"),
     "halo": dict(scorer="layerwise", alloc="layerwise"),
-    "safe": dict(scorer="patch_recv"),
+    "safe": {},
 }
 
 
@@ -140,7 +73,7 @@ class HydraConfig:
     nope_from: str = "align"  # align | distill: the stage at which FA heads lose rope
 
     def __post_init__(self):
-        _check_choices("hydra", self, {
+        check_choices("hydra", self, {
             "fa_pos": ("nope", "rope", "partial"),
             "fa_logit_scale": ("eval", "always", "off"),
             "fa_gate": ("sigmoid", "headwise", "none"),
@@ -203,7 +136,7 @@ class SelectConfig:
     answer_prefix: str = "clean"  # clean | own: what both runs are teacher-forced on
 
     def __post_init__(self):
-        _check_choices("select", self, {
+        check_choices("select", self, {
             "scorer": ("patch_recv", "random", "fixed", "layerwise"),
             "alloc": ("global", "global_c", "per_layer", "layerwise"),
             "unit": ("q_head", "kv_group"),
@@ -236,12 +169,14 @@ class OptimConfig:
     lr_groups: tuple[str, ...] = ()  # "regex=multiplier": a path's rate relative to peak_lr
 
     def __post_init__(self):
-        _one_of("optim", "schedule", self.schedule, ("cosine", "constant"))
+        one_of("optim", "schedule", self.schedule, ("cosine", "constant"))
         if self.peak_lr <= 0 or self.clip_norm <= 0 or self.warmup_steps < 0:
             raise UserError("optim needs peak_lr > 0, clip_norm > 0 and warmup_steps >= 0.")
         for group in self.lr_groups:
             if "=" not in group:
-                raise UserError(f"optim.lr_groups entry {group!r} is not of the form regex=multiplier.")
+                raise UserError(
+                    f"optim.lr_groups entry {group!r} is not of the form regex=multiplier."
+                )
 
 
 @dataclass(frozen=True)
@@ -262,7 +197,7 @@ class DataConfig:
     workers: int = 0  # grain worker processes
 
     def __post_init__(self):
-        _one_of("data", "packing", self.packing, ("split", "best_fit"))
+        one_of("data", "packing", self.packing, ("split", "best_fit"))
         if self.seq_len < 2 or self.rows < 1 or self.workers < 0:
             raise UserError("data needs seq_len >= 2, rows >= 1 and workers >= 0.")
         if not 0 <= self.synthetic_share <= 1 or not 0 <= self.holdout < 1:
@@ -316,7 +251,7 @@ class StageConfig:
     tensorboard: bool = False
 
     def __post_init__(self):
-        _check_choices("stage", self, {
+        check_choices("stage", self, {
             "align_loss": ("mse", "rel_mse"),
             "align_scope": ("all", "la_only"),
             "remat": ("none", "block", "dots"),
@@ -367,16 +302,20 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
 
     def __post_init__(self):
-        _one_of("config", "stage", self.stage, STAGES)
-        _one_of("config", "preset", self.preset, tuple(HYDRA_PRESETS))
+        one_of("config", "stage", self.stage, STAGES)
+        one_of("config", "preset", self.preset, tuple(HYDRA_PRESETS))
         if self.data.rows % self.train.accum:
             raise UserError(
                 f"train.accum={self.train.accum} does not divide data.rows={self.data.rows}."
             )
         if (self.stage == "pretrain") != (self.model is not None):
-            raise UserError("config.model is for stage=pretrain, and only there; else the teacher tells.")
+            raise UserError(
+                "config.model is for stage=pretrain, and only there; else the teacher tells."
+            )
         if self.data.synthetic_share > 0 and not self.data.synthetic:
-            raise UserError("data.synthetic_share > 0 needs data.synthetic, the name of a recall task.")
+            raise UserError(
+                "data.synthetic_share > 0 needs data.synthetic, the name of a recall task."
+            )
 
     @classmethod
     def from_dict(cls, values: dict | ConfigDict) -> "RunConfig":
@@ -387,12 +326,17 @@ class RunConfig:
 
 def preset_values(name: str) -> dict[str, dict[str, Any]]:
     """Differences of a preset from the defaults, by section of RunConfig."""
-    _one_of("config", "preset", name, tuple(HYDRA_PRESETS))
-    return {"hydra": HYDRA_PRESETS[name], "select": SELECT_PRESETS[name], "train": STAGE_PRESETS[name]}
+    one_of("config", "preset", name, tuple(HYDRA_PRESETS))
+    return {
+        "hydra": HYDRA_PRESETS[name],
+        "select": SELECT_PRESETS[name],
+        "train": STAGE_PRESETS[name],
+    }
 
 
 def to_plain(cfg: Any) -> dict:
     """JSON-ready dict of a config; tuples become lists."""
+
     def plain(value):
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -426,11 +370,10 @@ def from_plain(cls: type, values: dict, where: str) -> Any:
 
 def to_config_dict(cfg: RunConfig) -> ConfigDict:
     """The ConfigDict that config files edit; tuples stay tuples, `model` stays a placeholder."""
+
     def mutable(value):
         if dataclasses.is_dataclass(value):
             return {f.name: mutable(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return value
 
     return ConfigDict(mutable(cfg), convert_dict=True)
-
-

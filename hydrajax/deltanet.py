@@ -220,7 +220,9 @@ class LinearHeads(nnx.Module):
 def l2_normalise(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
     """x / sqrt(sum x^2 + 1e-6), in fp32, result in the dtype of x."""
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, axis=-1, keepdims=True) + L2_EPS)).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, axis=-1, keepdims=True) + L2_EPS)).astype(
+        x.dtype
+    )
 
 
 def _is_token(seq: Sequence) -> Array | None:

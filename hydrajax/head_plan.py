@@ -70,13 +70,18 @@ class HeadPlan:
     def __post_init__(self):
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise UserError(
-                f"head plan: num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}."
+                f"head plan: num_kv_heads={self.num_kv_heads} must divide "
+                f"num_heads={self.num_heads}."
             )
         for l, heads in enumerate(self.fa):
             if list(heads) != sorted(set(heads)):
-                raise UserError(f"head plan: layer {l} must list sorted, distinct heads, got {heads}.")
+                raise UserError(
+                    f"head plan: layer {l} must list sorted, distinct heads, got {heads}."
+                )
             if heads and not (heads[0] >= 0 and heads[-1] < self.num_heads):
-                raise UserError(f"head plan: layer {l} names heads outside 0..{self.num_heads - 1}: {heads}.")
+                raise UserError(
+                    f"head plan: layer {l} names heads outside 0..{self.num_heads - 1}: {heads}."
+                )
 
     @classmethod
     def all_full(cls, num_layers: int, num_heads: int, num_kv_heads: int) -> "HeadPlan":
@@ -84,14 +89,18 @@ class HeadPlan:
         return cls((tuple(range(num_heads)),) * num_layers, num_heads, num_kv_heads)
 
     @classmethod
-    def layerwise(cls, full_layers, num_layers: int, num_heads: int, num_kv_heads: int) -> "HeadPlan":
+    def layerwise(
+        cls, full_layers, num_layers: int, num_heads: int, num_kv_heads: int
+    ) -> "HeadPlan":
         """All heads of `full_layers` full, none elsewhere: the layer-wise hybrids of the field."""
         bad = sorted(set(full_layers) - set(range(num_layers)))
         if bad:
             raise UserError(f"head plan: layers {bad} do not exist; the model has {num_layers}.")
         every = tuple(range(num_heads))
         return cls(
-            tuple(every if l in set(full_layers) else () for l in range(num_layers)), num_heads, num_kv_heads
+            tuple(every if l in set(full_layers) else () for l in range(num_layers)),
+            num_heads,
+            num_kv_heads,
         )
 
     @property
@@ -113,7 +122,10 @@ class HeadPlan:
 
     def fits(self, num_layers: int, num_heads: int, num_kv_heads: int) -> None:
         """Raise `UserError` unless the plan was made for a model of this shape."""
-        want, got = (num_layers, num_heads, num_kv_heads), (len(self.fa), self.num_heads, self.num_kv_heads)
+        want, got = (
+            (num_layers, num_heads, num_kv_heads),
+            (len(self.fa), self.num_heads, self.num_kv_heads),
+        )
         if want != got:
             raise UserError(
                 f"head plan is for (layers, heads, kv_heads)={got}, the model has {want}; "
@@ -126,7 +138,9 @@ class HeadPlan:
 
     @classmethod
     def from_json(cls, data: dict) -> "HeadPlan":
-        missing = [k for k in ("format_version", "fa", "num_heads", "num_kv_heads") if k not in data]
+        missing = [
+            k for k in ("format_version", "fa", "num_heads", "num_kv_heads") if k not in data
+        ]
         if missing:
             raise UserError(f"head plan: missing fields {missing}.")
         if data["format_version"] != FORMAT_VERSION:
@@ -141,7 +155,9 @@ def load_plan(path: str | Path) -> HeadPlan:
     """Plan of a `heads.json`; the file's other fields (scores, provenance) are not needed here."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"No head plan at {path}; run `python -m hydrajax.selection`, or set config.heads.")
+        raise UserError(
+            f"No head plan at {path}; run `python -m hydrajax.selection`, or set config.heads."
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         return HeadPlan.from_json(data["plan"])

@@ -72,7 +72,9 @@ class Fusion(nnx.Module):
         if la is not None:
             normed = self.mode in NORM_ALL or self.mode == "la_only_norm"
             heads = tuple(range(len(self.plan.la))) if self.mode == "la_only_norm" else self.plan.la
-            parts.append(self._branch(*la, self.w_la, normed, self._gamma(share, heads), is_la=True))
+            parts.append(
+                self._branch(*la, self.w_la, normed, self._gamma(share, heads), is_la=True)
+            )
         if len(parts) == 1:
             return parts[0]
         return jnp.concatenate(parts, axis=2)[:, :, np.array(self.plan.restore)]
@@ -144,7 +146,9 @@ class HydraAttention(nnx.Module):
         """(y [B,T,D] after W_O, head outputs [B,T,N,H] before it, in the original head order)."""
         return self.mix(x, *self.branches(x, seq))
 
-    def branches(self, x: Float[Array, "B T D"], seq: Sequence) -> tuple[tuple | None, tuple | None]:
+    def branches(
+        self, x: Float[Array, "B T D"], seq: Sequence
+    ) -> tuple[tuple | None, tuple | None]:
         """(output, gate) of the FA and of the LA heads, before fusion."""
         kv_fa, kv_la = self._tied(x)
         fa = la = None

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.tree_util import register_dataclass
 
-from hydrajax.config import ModelConfig, RopeConfig
+from hydrajax.model_config import ModelConfig, RopeConfig
 from hydrajax.typing import Array, Float, Int
 
 INIT_STD = 0.02
@@ -148,7 +148,9 @@ def _yarn(rope: RopeConfig, inv: np.ndarray, head_dim: int) -> np.ndarray:
     return inv / rope.factor * (1 - keep) + inv * keep
 
 
-def rope_tables(rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+def rope_tables(
+    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]
+) -> tuple[Array, Array]:
     """cos and sin [B, T, H/2], fp32."""
     inv, scale = rope_frequencies(rope, head_dim)
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv, jnp.float32)

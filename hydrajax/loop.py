@@ -40,7 +40,9 @@ def run_loop(loop: Loop, state: TrainState, teacher_params: dict) -> TrainState:
     cfg = loop.programs.run.train
     # Shardings are pinned: were the compiler free to choose, the second step would compile again.
     step_fn = jax.jit(
-        make_train_step(loop.programs), donate_argnames=("state",), out_shardings=(loop.places, None)
+        make_train_step(loop.programs),
+        donate_argnames=("state",),
+        out_shardings=(loop.places, None),
     )
     eval_fn = jax.jit(make_eval_step(loop.programs))
     tokens_per_step = loop.programs.run.data.rows * loop.programs.run.data.seq_len
@@ -113,7 +115,8 @@ def _log(loop: Loop, chrono: Chrono, step: int, pending: list, skipped: int) -> 
 def _evaluate(loop: Loop, eval_fn, state: TrainState, teacher_params: dict, step: int) -> None:
     """The stage's loss on held-out rows."""
     metrics = [
-        eval_fn(state.params, teacher_params, place_batch(loop.mesh, batch)) for batch in loop.holdout
+        eval_fn(state.params, teacher_params, place_batch(loop.mesh, batch))
+        for batch in loop.holdout
     ]
     if metrics:
         loop.writer.log(step, {f"eval/{k}": v for k, v in means(metrics).items() if "/" not in k})

@@ -14,7 +14,7 @@ from hydrajax.typing import Array, Float, Int
 
 
 def next_tokens(batch: dict[str, Array]) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """Target of every position and its weight: 0 at document ends, padding, and unscored targets."""
+    """Targets and their weights: 0 at document ends, on padding and where loss_mask says so."""
     tokens, segments = batch["tokens"], batch["segment_ids"]
     targets = jnp.roll(tokens, -1, axis=1)
     same = (segments == jnp.roll(segments, -1, axis=1)) & (segments > 0)

@@ -20,6 +20,8 @@ from hydrajax.typing import Array, Float, Int, Params, UserError
 
 TAPS = ("attn_in", "attn_out", "head_out", "resid")
 
+DEFAULT_KERNELS = KernelConfig()
+
 REMAT = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -80,7 +82,7 @@ class Model(nnx.Module):
         *,
         dtype=jnp.bfloat16,
         remat: str = "none",
-        kernels: KernelConfig = KernelConfig(),
+        kernels: KernelConfig = DEFAULT_KERNELS,
         rngs: nnx.Rngs,
     ):
         plan.fits(cfg.num_layers, cfg.num_heads, cfg.num_kv_heads)
@@ -248,7 +250,9 @@ def load_model(run, *, dtype=jnp.bfloat16, **kwargs) -> tuple[nnx.GraphDef, Para
     """
     info = run.info
     stage = info.run["stage"] if info.run else ""
-    model = abstract_model(info.model, info.hydra.for_stage(stage), info.plan, dtype=dtype, **kwargs)
+    model = abstract_model(
+        info.model, info.hydra.for_stage(stage), info.plan, dtype=dtype, **kwargs
+    )
     graphdef, abstract = split_params(model)
     wrong = sorted(set(abstract) ^ set(run.params)) or sorted(
         path for path, a in abstract.items() if a.shape != run.params[path].shape

@@ -12,7 +12,7 @@ from hydrajax.typing import Params, UserError
 
 # Time constants of the recurrence and anything that is not a matrix: decay would move what they
 # mean (fla exempts A_log and dt_bias for the same reason).
-NO_DECAY = re.compile(r"(norm|scale|gamma|a_log|dt_bias|beta_bias|conv_[qkv]|\.b_|\.w_fa$|\.w_la$)")
+NO_DECAY = re.compile(r"(norm|scale|gamma|a_log|bias|conv_[qkv]|\.b_|\.w_fa$|\.w_la$)")
 
 
 def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -62,7 +62,10 @@ def _scale_groups(groups: tuple[str, ...]) -> optax.GradientTransformation:
 
 
 def state_shardings(
-    tx: optax.GradientTransformation, params: Params, shardings: dict[str, NamedSharding], mesh: Mesh
+    tx: optax.GradientTransformation,
+    params: Params,
+    shardings: dict[str, NamedSharding],
+    mesh: Mesh,
 ):
     """Moments live where their parameters live; counters on every device."""
     abstract = jax.eval_shape(tx.init, params)

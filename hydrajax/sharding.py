@@ -38,7 +38,8 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
         sizes[sizes.index(-1)] = count // fixed
     if int(np.prod(sizes)) != count or -1 in sizes:
         raise UserError(
-            f"mesh data={cfg.data}, fsdp={cfg.fsdp}, model={cfg.model} does not fit {count} devices."
+            f"mesh data={cfg.data}, fsdp={cfg.fsdp}, model={cfg.model} does not fit {count} "
+            "devices."
         )
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
@@ -67,7 +68,8 @@ def param_shardings(
 ) -> dict[str, NamedSharding]:
     """Sharding of every parameter path."""
     return {
-        path: NamedSharding(mesh, spec(axes[path], shapes[path], dict(mesh.shape))) for path in shapes
+        path: NamedSharding(mesh, spec(axes[path], shapes[path], dict(mesh.shape)))
+        for path in shapes
     }
 
 
@@ -79,7 +81,9 @@ def replicated(
     return [
         path
         for path, names in axes.items()
-        if any(n and n.endswith("heads") and d % size for n, d in zip(names, shapes[path], strict=True))
+        if any(
+            n and n.endswith("heads") and d % size for n, d in zip(names, shapes[path], strict=True)
+        )
     ]
 
 

@@ -1,8 +1,8 @@
 """The stages as data: what each one trains, what it minimises, whether it needs the teacher.
 
-    align    mean_l MSE(y_l, y_l^teacher) on the teacher's own block inputs, all layers at once
-    distill  KL(teacher || student) + ce_weight CE          extend  CE + kl_weight KL
-    pretrain CE, to make the small teacher of configs/tiny; no stage of the method
+align    mean_l MSE(y_l, y_l^teacher) on the teacher's own block inputs, all layers at once
+distill  KL(teacher || student) + ce_weight CE          extend  CE + kl_weight KL
+pretrain CE, to make the small teacher of configs/tiny; no stage of the method
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Sums = dict[str, tuple[Array, Array]]  # metric -> (sum, count)
 
 @dataclass(frozen=True)
 class Stage:
-    """`loss(student, teacher, batch, cfg) -> (sum, count, metrics)`; gradients are of sum / count."""
+    """`loss(student, teacher, batch, cfg)` is (sum, count, metrics); gradients are of sum / count."""
 
     loss: Callable[[Model, Model | None, Batch, StageConfig], tuple[Array, Array, Sums]]
     trains: Callable[[str, StageConfig], bool]

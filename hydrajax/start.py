@@ -46,7 +46,9 @@ def find_start(
     if step is not None:
         info = read_config(cfg.out)
         _same_run(cfg, info.run)
-        return Start(f"resume step {step} of {cfg.out}", info.model, info.hydra, info.plan, None, step)
+        return Start(
+            f"resume step {step} of {cfg.out}", info.model, info.hydra, info.plan, None, step
+        )
     if cfg.stage == "pretrain" and not cfg.parent:
         return _from_scratch(cfg)
     if cfg.parent:
@@ -90,13 +92,15 @@ def _same_run(cfg: RunConfig, stored: dict[str, Any] | None) -> None:
     ]
     if changed:
         raise UserError(
-            f"{cfg.out} holds a run with another config ({'; '.join(changed)}); restore these values "
-            "to resume it, or set config.out to a new folder."
+            f"{cfg.out} holds a run with another config ({'; '.join(changed)}); restore these "
+            "values to resume it, or set config.out to a new folder."
         )
 
 
 def _leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        out |= (
+            _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return out

@@ -22,8 +22,13 @@ import tokenizers
 from hydrajax.typing import UserError
 
 # Everything that belongs to a tokenizer; `save_tokenizer` copies these byte for byte.
-FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
-         "chat_template.jinja", "special_tokens_map.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
 BYTES_JSON = b'{"type":"bytes"}\n'
 NONE = -1  # an id that the tokenizer does not have, as in ModelConfig
 _TYPED = 0xF0000  # private-use plane: stands for a special token that a chat user typed
@@ -131,15 +136,22 @@ class Tokenizer:
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """Render messages ({"role", "content"}) to the text that the model was tuned on."""
         if not self.chat_template:
-            raise UserError(f"The tokenizer of {self.source or 'bytes'} has no chat template; "
-                            "give a plain prompt or a teacher tuned on chats.")
+            raise UserError(
+                f"The tokenizer of {self.source or 'bytes'} has no chat template; "
+                "give a plain prompt or a teacher tuned on chats."
+            )
         try:
             return _template(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt,
-                tools=None, documents=None, **self.names)
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self.names,
+            )
         except (jinja2.TemplateError, TypeError, ValueError) as e:
-            raise UserError(f"Chat template of {self.source}: {e} (messages need `role` and "
-                            "`content`).") from e
+            raise UserError(
+                f"Chat template of {self.source}: {e} (messages need `role` and `content`)."
+            ) from e
 
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
         """Render and encode a chat; special tokens typed inside a message stay plain text."""
@@ -197,9 +209,14 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     names = {k: _content(v) for k, v in config.items() if k.endswith("_token") and _content(v)}
     eos_ids = [codec.id_of(names.get("eos_token", "")), *_eos_ids(folder)]
     return Tokenizer(
-        codec, folder, tuple(dict.fromkeys(i for i in eos_ids if i != NONE)),
-        codec.id_of(names.get("bos_token", "")), codec.id_of(names.get("pad_token", "")),
-        _chat_template(folder, config), names)
+        codec,
+        folder,
+        tuple(dict.fromkeys(i for i in eos_ids if i != NONE)),
+        codec.id_of(names.get("bos_token", "")),
+        codec.id_of(names.get("pad_token", "")),
+        _chat_template(folder, config),
+        names,
+    )
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -235,8 +252,11 @@ def _content(token: Any) -> str:
 def _eos_ids(folder: Path) -> list[int]:
     """Return further end ids: chat models name several in generation_config.json."""
     config = _read_json(folder / "config.json")
-    for ids in (_read_json(folder / "generation_config.json").get("eos_token_id"),
-                config.get("eos_token_id"), config.get("model", {}).get("eos_ids")):
+    for ids in (
+        _read_json(folder / "generation_config.json").get("eos_token_id"),
+        config.get("eos_token_id"),
+        config.get("model", {}).get("eos_ids"),
+    ):
         if ids is not None:
             return [ids] if isinstance(ids, int) else list(ids)
     return []
@@ -275,8 +295,13 @@ def _template(source: str) -> jinja2.Template:
         return datetime.datetime.now().strftime(fmt)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent,
-                          separators=separators, sort_keys=sort_keys)
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]

@@ -60,7 +60,9 @@ def transplant(
     read them, and UserError says so when they are missing."""
     needs_data = hydra.gamma_init in ("calibrated", "ols") or hydra.gdn_init == "taylor"
     if needs_data and plan.num_fa < plan.num_layers * plan.num_heads and not batches:
-        raise UserError("transplant: gdn_init=taylor and gamma_init=calibrated|ols need calibration rows.")
+        raise UserError(
+            "transplant: gdn_init=taylor and gamma_init=calibrated|ols need calibration rows."
+        )
     graphdef, params = init_params(teacher.cfg, hydra, plan, seed, dtype=jnp.float32)
     counts = {"copied": 0, "cloned": 0, "new": 0}
     for path in params:
@@ -151,7 +153,9 @@ def _gate(prefix: str, shape, teacher: Teacher, init: str, heads, kind: str, rng
     elif init == "random":
         w = 0.02 * rng.standard_normal(shape)
     elif len(shape) == 2:
-        raise UserError("hydra.gate_init=blend needs an elementwise gate; fa_gate=headwise has none.")
+        raise UserError(
+            "hydra.gate_init=blend needs an elementwise gate; fa_gate=headwise has none."
+        )
     else:
         attn = prefix.rsplit(".", 1)[0]
         w_o, w_v = teacher.params[f"{attn}.w_o"], teacher.params[f"{attn}.fa.w_v"]
@@ -176,9 +180,9 @@ def _taylor(teacher: Teacher, plan: HeadPlan, batch: dict[str, np.ndarray]) -> P
     flat attention writes weakly (beta 0.3), a peaked one strongly (0.7). 4 x 256 tokens.
     """
     rows = {k: jnp.asarray(v[:4, :256]) for k, v in batch.items()}
-    distance, entropy = jax.jit(lambda params, rows: _attention_shape(bind(teacher.graphdef, params), rows))(
-        teacher.params, rows
-    )
+    distance, entropy = jax.jit(
+        lambda params, rows: _attention_shape(bind(teacher.graphdef, params), rows)
+    )(teacher.params, rows)
     distance, entropy, out = np.asarray(distance), np.asarray(entropy), {}
     for l in range(plan.num_layers):
         la = np.array(plan.layer(l).la, int)
@@ -231,17 +235,29 @@ def _gamma(teacher: Teacher, graphdef, params: Params, hydra: HydraConfig, plan:
     paths = {l: path for l, path in paths.items() if path in params}
     if not paths or hydra.gamma_init == "one":
         return {}
-    heads = {l: plan.layer(l).la if hydra.fusion == "la_only_norm" else range(plan.num_heads) for l in paths}
+    heads = {
+        l: plan.layer(l).la if hydra.fusion == "la_only_norm" else range(plan.num_heads)
+        for l in paths
+    }
     if hydra.gamma_init == "zero_la":
         return {
-            path: jnp.asarray([0.0 if n in plan.layer(l).la else 1.0 for n in heads[l]], jnp.float32)
+            path: jnp.asarray(
+                [0.0 if n in plan.layer(l).la else 1.0 for n in heads[l]], jnp.float32
+            )
             for l, path in paths.items()
         }
-    sums_of = jax.jit(lambda t, s, rows: _head_power(bind(teacher.graphdef, t), bind(graphdef, s), rows))
+    sums_of = jax.jit(
+        lambda t, s, rows: _head_power(bind(teacher.graphdef, t), bind(graphdef, s), rows)
+    )
     sums = np.zeros((3, plan.num_layers, plan.num_heads))
     for batch in batches:
-        sums += np.asarray(sums_of(teacher.params, params, {k: jnp.asarray(v) for k, v in batch.items()}))
-    (target, own, cross), elements = sums[:3], sum(int((b["segment_ids"] > 0).sum()) for b in batches)
+        sums += np.asarray(
+            sums_of(teacher.params, params, {k: jnp.asarray(v) for k, v in batch.items()})
+        )
+    (target, own, cross), elements = (
+        sums[:3],
+        sum(int((b["segment_ids"] > 0).sum()) for b in batches),
+    )
     own_rms = np.sqrt(own / (elements * teacher.cfg.head_dim))
     target_rms = np.sqrt(target / (elements * teacher.cfg.head_dim))
     if hydra.gamma_init == "ols":

@@ -1,7 +1,7 @@
 """Matrix products with a stated precision: operands in the input dtype, accumulation in fp32.
 
-    default   operands as given (bf16 on the accelerators' fast path), fp32 accumulator
-    highest   fp32 (or float64) operands at full precision: no TF32, no bf16 passes
+default   operands as given (bf16 on the accelerators' fast path), fp32 accumulator
+highest   fp32 (or float64) operands at full precision: no TF32, no bf16 passes
 """
 
 import jax

@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from hydrajax.config import ModelConfig, RopeConfig
 from hydrajax.hf.config import write_config
 from hydrajax.hf.rules import rules
 from hydrajax.hf.target import Output, write_json, write_weights
+from hydrajax.model_config import ModelConfig, RopeConfig
 
 TINY = ModelConfig(family="llama", vocab_size=96, width=32, mlp_width=48, num_layers=2, num_heads=4,
                    num_kv_heads=2, head_dim=8, norm_eps=1e-5, max_context=64, bos_id=1,
@@ -37,6 +37,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 def tensors(cfg: ModelConfig, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights by Hugging Face name, large enough that every part shows in the logits."""
     rng = np.random.default_rng(seed)
+
     def draw(rule):
         values = rng.normal(0, 0.25, rule.hf_shape)
         return (values + 1 if rule.hf.endswith("norm.weight") else values).astype(DTYPES[dtype])

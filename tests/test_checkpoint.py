@@ -21,8 +21,9 @@ from hydrajax.checkpoint import (
     read_config,
     write_config,
 )
-from hydrajax.config import HydraConfig, ModelConfig, RopeConfig, RunConfig, to_plain
+from hydrajax.config import HydraConfig, RunConfig, to_plain
 from hydrajax.head_plan import HeadPlan
+from hydrajax.model_config import ModelConfig, RopeConfig
 from hydrajax.typing import UserError
 
 MODEL = ModelConfig(vocab_size=16, width=8, mlp_width=16, num_layers=2, num_heads=4,
@@ -44,6 +45,7 @@ def on(devices, tree):
     """Shapes of a tree, split over the first axis where that is 8 long."""
     mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,),
                          devices=jax.devices()[:devices])  # fmt: skip
+
     def place(a):
         spec = P("d") if a.shape[:1] == (8,) and a.size else P()
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))

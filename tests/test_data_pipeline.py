@@ -21,7 +21,7 @@ LENGTHS = (3, 700, 31, 64, 63, 1, 128, 17, 5, 90, 40, 40, 2, 65, 200)
 def corpus(tmp_path_factory):
     """Documents whose text tells which one it is: "3.3.3.3."."""
     path = tmp_path_factory.mktemp("corpus") / "a.txt"
-    path.write_text("\x1e".join((f"{i}." * n)[:n + 3] for i, n in enumerate(LENGTHS)))
+    path.write_text("\x1e".join((f"{i}." * n)[: n + 3] for i, n in enumerate(LENGTHS)))
     return str(path)
 
 
@@ -35,7 +35,8 @@ def config(corpus, **changes):
 
 
 MIXES = {
-    "split": {}, "best_fit": {"packing": "best_fit"},
+    "split": {},
+    "best_fit": {"packing": "best_fit"},
     "mixed": {"synthetic": "recall", "synthetic_share": 0.3},
     "mixed best_fit": {"packing": "best_fit", "synthetic": "recall", "synthetic_share": 0.5},
     "recall": {"files": (), "synthetic": "recall", "answer_only": True},
@@ -57,7 +58,8 @@ def segments(rows):
     """Yield the ids of each segment, checking what every row must fulfil."""
     for i in range(len(rows["tokens"])):
         tokens, ids, positions, mask = (
-            rows[k][i] for k in ("tokens", "segment_ids", "positions", "loss_mask"))
+            rows[k][i] for k in ("tokens", "segment_ids", "positions", "loss_mask")
+        )
         used = ids > 0
         assert np.all(used[:-1] >= used[1:]), "padding comes last"
         assert np.all(tokens[~used] == PAD) and np.all(mask[~used] == 0)
@@ -81,8 +83,9 @@ def test_an_epoch_loses_and_repeats_nothing(corpus):
     ids = np.concatenate([s for b in eval_rows(cfg, TOKENIZER, 999) for s in segments(b)])
     held = collections.Counter(texts_of(ids))
     assert ids[-1] == EOS and held and not held - texts
-    train = np.concatenate([s for b in take(make_pipeline(cfg, TOKENIZER), 20)
-                            for s in segments(b)])
+    train = np.concatenate(
+        [s for b in take(make_pipeline(cfg, TOKENIZER), 20) for s in segments(b)]
+    )
     epoch = texts_of(train)[: sum((texts - held).values())]
     assert collections.Counter(epoch) == texts - held
 
@@ -116,8 +119,9 @@ def test_seed_decides_the_order(corpus, mix):
 
 
 def test_epochs_are_shuffled_differently(corpus):
-    stream = np.concatenate([s for b in take(make_pipeline(config(corpus), TOKENIZER), 20)
-                             for s in segments(b)])
+    stream = np.concatenate(
+        [s for b in take(make_pipeline(config(corpus), TOKENIZER), 20) for s in segments(b)]
+    )
     texts = texts_of(stream)
     first, second = texts[: len(LENGTHS)], texts[len(LENGTHS) : 2 * len(LENGTHS)]
     assert sorted(first) == sorted(second) == sorted(documents_of(corpus))
@@ -143,10 +147,16 @@ def test_resume_is_exact(corpus, mix):
 def test_global_batch_does_not_depend_on_processes(corpus, mix):
     cfg = config(corpus, **mix)
     whole = take(make_pipeline(cfg, TOKENIZER), 4)
-    parts = [take(make_pipeline(cfg, TOKENIZER, process_index=i, process_count=2), 4)
-             for i in range(2)]
-    assert_same(whole, [{k: np.concatenate([p[k] for p in step]) for k in step[0]}
-                        for step in zip(*parts, strict=True)])
+    parts = [
+        take(make_pipeline(cfg, TOKENIZER, process_index=i, process_count=2), 4) for i in range(2)
+    ]
+    assert_same(
+        whole,
+        [
+            {k: np.concatenate([p[k] for p in step]) for k in step[0]}
+            for step in zip(*parts, strict=True)
+        ],
+    )
 
 
 def test_worker_processes_change_nothing(corpus):
@@ -186,8 +196,9 @@ def test_splits_share_no_document(corpus):
     cfg = config(corpus, holdout=0.4)
     texts = []
     for split in ("train", "holdout"):
-        stream = np.concatenate([s for b in take(make_pipeline(cfg, TOKENIZER, split=split), 16)
-                                 for s in segments(b)])
+        stream = np.concatenate(
+            [s for b in take(make_pipeline(cfg, TOKENIZER, split=split), 16) for s in segments(b)]
+        )
         texts.append(set(texts_of(stream)))
     assert not texts[0] & texts[1]
     assert texts[0] | texts[1] == set(documents_of(corpus))
@@ -207,18 +218,23 @@ def test_eval_rows_are_fixed_and_padded(corpus):
     assert [x["tokens"].shape for x in a] == [(4, 64), (4, 64)]
     assert np.all(a[1]["loss_mask"][2:] == 0) and np.all(a[1]["segment_ids"][2:] == 0)
     halves = [eval_rows(cfg, TOKENIZER, 6, process_index=i, process_count=2) for i in (0, 1)]
-    assert_same(a, [{k: np.concatenate([x[k], y[k]]) for k in x}
-                    for x, y in zip(*halves, strict=True)])
+    assert_same(
+        a, [{k: np.concatenate([x[k], y[k]]) for k in x} for x, y in zip(*halves, strict=True)]
+    )
     train = take(make_pipeline(replace(cfg, files=(), synthetic_share=1.0), TOKENIZER), 1)[0]
     held = eval_rows(replace(cfg, files=(), synthetic_share=1.0), TOKENIZER, 4)[0]
     assert not np.array_equal(train["tokens"], held["tokens"])
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    ({"seq_len": 32}, r"data\.seq_len was 64, is 32"),
-    ({"seed": 3}, r"data\.seed"), ({"packing": "best_fit"}, r"data\.packing"),
-    ({"holdout": 0.1}, r"data\.holdout"),
-])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seq_len": 32}, r"data\.seq_len was 64, is 32"),
+        ({"seed": 3}, r"data\.seed"),
+        ({"packing": "best_fit"}, r"data\.packing"),
+        ({"holdout": 0.1}, r"data\.holdout"),
+    ],
+)
 def test_resume_with_other_settings_is_refused(corpus, change, named):
     state = make_pipeline(config(corpus), TOKENIZER).get_state()
     with pytest.raises(UserError, match=named):

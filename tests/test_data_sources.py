@@ -45,8 +45,10 @@ def write(folder, kind):
 
 
 def contents(documents):
-    return [d if isinstance(d, str) else TOKENIZER.decode(d)
-            for d in (documents[i].content for i in range(len(documents)))]
+    return [
+        d if isinstance(d, str) else TOKENIZER.decode(d)
+        for d in (documents[i].content for i in range(len(documents)))
+    ]
 
 
 KINDS = (".txt", ".txt.xz", ".jsonl", ".jsonl.gz", ".parquet", ".array_record", ".tokens")
@@ -58,7 +60,8 @@ def test_every_kind_gives_the_same_documents_and_keys(tmp_path, kind):
     plain = open_documents([str(write(tmp_path, ".txt"))], "text", TOKENIZER)
     assert contents(documents) == TEXTS
     assert [d.key for d in map(documents.__getitem__, range(4))] == [
-        d.key for d in map(plain.__getitem__, range(4))]
+        d.key for d in map(plain.__getitem__, range(4))
+    ]
     assert contents(pickle.loads(pickle.dumps(documents))) == TEXTS
 
 

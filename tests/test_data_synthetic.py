@@ -76,8 +76,10 @@ def test_counterfactual_changes_every_digit_and_word(tokenizers):
 
 def test_same_seed_same_example(case):
     task, tokenizer, _ = case
-    make = [make_example(task, np.random.default_rng(s), tokens=LENGTH, tokenizer=tokenizer)
-            for s in (3, 3, 4)]
+    make = [
+        make_example(task, np.random.default_rng(s), tokens=LENGTH, tokenizer=tokenizer)
+        for s in (3, 3, 4)
+    ]
     assert make[0] == make[1] != make[2]
 
 
@@ -94,8 +96,9 @@ def test_distractors_and_lists(tokenizers):
 
 
 def test_variables_chain_leads_to_the_answer(tokenizers):
-    example = make_example("vt", np.random.default_rng(1), tokens=LENGTH,
-                           tokenizer=tokenizers["bytes"])
+    example = make_example(
+        "vt", np.random.default_rng(1), tokens=LENGTH, tokenizer=tokenizers["bytes"]
+    )
     text = example.prompt
     name = text.rsplit("VAR ", 1)[1].removesuffix(" =")
     for _ in range(2):
@@ -105,8 +108,13 @@ def test_variables_chain_leads_to_the_answer(tokenizers):
 
 def test_haystack_of_the_user(tokenizers):
     text = " ".join(f"This is sentence {i} of mine." for i in range(99))
-    example = make_example("needle_single_2", np.random.default_rng(0), tokens=LENGTH,
-                           tokenizer=tokenizers["bytes"], haystack=text)
+    example = make_example(
+        "needle_single_2",
+        np.random.default_rng(0),
+        tokens=LENGTH,
+        tokenizer=tokenizers["bytes"],
+        haystack=text,
+    )
     assert example.prompt.count("of mine.") > 20 and "Kellynch" not in example.prompt
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from hydrajax.config import ModelConfig, RopeConfig
 from hydrajax.hf.config import CLASSES, DEFAULTS, read_config, write_config
 from hydrajax.layers import rope_frequencies
+from hydrajax.model_config import ModelConfig, RopeConfig
 from hydrajax.typing import UserError
 from tests.hf_folder import CONFIGS, LINEAR, LLAMA3, TINY, YARN, replace
 

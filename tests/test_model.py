@@ -1,4 +1,4 @@
-"""Model: prefill + decode = forward for every mixture, the all-full plan is the teacher, packing."""
+"""Model: prefill + decode = forward for every mixture, all-full = teacher, packing, causality."""
 
 import functools
 
@@ -110,9 +110,7 @@ def test_all_full_plan_is_the_teacher_bit_for_bit():
     full = HeadPlan.all_full(2, 4, 2)
     graphdef, params = build(HydraConfig.teacher(), full)
     student = HydraConfig(fusion="none", fa_pos="rope", fa_gate="none", fa_logit_scale="off")
-    other, fresh = split_params(
-        abstract_model(CFG, student, full, dtype=jnp.float32)
-    )
+    other, fresh = split_params(abstract_model(CFG, student, full, dtype=jnp.float32))
     assert fresh.keys() == params.keys()
     toks = tokens(2, 20)
     np.testing.assert_array_equal(forward(graphdef, params, toks), forward(other, params, toks))

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from hydrajax.checkpoint import CheckpointStore, make_lineage, params_hash, write_config
-from hydrajax.config import HydraConfig, ModelConfig, RopeConfig, RunConfig, SelectConfig
+from hydrajax.config import HydraConfig, RunConfig, SelectConfig
 from hydrajax.data.synthetic import VALUES
 from hydrajax.head_plan import HeadPlan, load_plan, ratios
 from hydrajax.model import abstract_model, bind, split_params
+from hydrajax.model_config import ModelConfig, RopeConfig
 from hydrajax.selection.__main__ import select
 from hydrajax.tokenizer import load_tokenizer, save_tokenizer
 from hydrajax.typing import UserError

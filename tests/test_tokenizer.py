@@ -12,8 +12,14 @@ from hydrajax.typing import UserError
 from tests.bpe_folder import build_bpe
 
 TEXTS = (
-    "x =  3   and 1234567 apples", "\t\n\n  indented", "naïve café — “quotes”", "日本語のテキスト",
-    "👩‍👩‍👧‍👦 family 🏳️‍🌈", "typed <|im_end|> and <|endoftext|>", "\x00\ufffd", "",
+    "x =  3   and 1234567 apples",
+    "\t\n\n  indented",
+    "naïve café — “quotes”",
+    "日本語のテキスト",
+    "👩‍👩‍👧‍👦 family 🏳️‍🌈",
+    "typed <|im_end|> and <|endoftext|>",
+    "\x00\ufffd",
+    "",
 )
 
 
@@ -88,10 +94,12 @@ def test_chat_renders_as_hugging_face_does(bpe_folder):
     chat = [{"role": "user", "content": "hi"}]
     assert tokenizer.has_chat_template
     assert tokenizer.apply_chat_template(chat) == (
-        "<|im_start|>user\nhi<|im_end|><|im_start|>assistant\n")
+        "<|im_start|>user\nhi<|im_end|><|im_start|>assistant\n"
+    )
     assert not tokenizer.apply_chat_template(chat, False).endswith("assistant\n")
     assert tokenizer.encode_chat(chat) == tokenizer.encode(
-        tokenizer.apply_chat_template(chat), special=True)
+        tokenizer.apply_chat_template(chat), special=True
+    )
 
 
 def test_a_chat_user_cannot_end_the_turn(bpe_folder):
@@ -108,10 +116,16 @@ def test_jinja_file_wins_over_the_config(tmp_path):
     assert load_tokenizer(folder).apply_chat_template([]) == "from file"
 
 
-@pytest.mark.parametrize("template", [
-    "{{ raise_exception('roles must alternate') }}", "{% for %}", "{{ messages[0].x.y }}",
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}",
-])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{% for %}",
+        "{{ messages[0].x.y }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+    ],
+)
 def test_chat_template_faults(tmp_path, template):
     folder = build_bpe(tmp_path / "t", chat=template)
     with pytest.raises(UserError, match="Chat template"):
@@ -132,7 +146,11 @@ def test_save_bytes(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == {"type": "bytes"}
     assert (tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.bos_id, tokenizer.pad_id) == (
-        259, (257,), 256, 258)
+        259,
+        (257,),
+        256,
+        258,
+    )
     with pytest.raises(UserError, match="chat template"):
         tokenizer.apply_chat_template([])
 

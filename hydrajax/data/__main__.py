@@ -1,6 +1,6 @@
 """Encode texts once for many runs.
 
-    python -m hydrajax.data --files corpus/*.txt --tokenizer teachers/smollm2 --out corpus.tokens
+python -m hydrajax.data --files corpus/*.txt --tokenizer teachers/smollm2 --out corpus.tokens
 """
 
 import argparse
@@ -15,8 +15,9 @@ from hydrajax.typing import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hydrajax.data",
-                                     description="Encode texts once for many runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m hydrajax.data", description="Encode texts once for many runs."
+    )
     parser.add_argument("--files", nargs="+", required=True, help="as in data.files")
     parser.add_argument("--tokenizer", required=True, help="folder, tokenizer.json or 'bytes'")
     parser.add_argument("--out", type=Path, required=True, help="folder to make, X.tokens")
@@ -32,8 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - start
-    print(f"{args.out}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
-          f"{seconds:.1f} s")
+    print(
+        f"{args.out}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
+        f"{seconds:.1f} s"
+    )
     return 0
 
 

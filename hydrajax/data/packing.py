@@ -26,8 +26,9 @@ class _Pieces(experimental.FlatMapTransform):
         return [{"tokens": ids[i : i + self._seq_len]} for i in range(0, len(ids), self._seq_len)]
 
 
-def pack(documents: grain.IterDataset, seq_len: int, packing: str,
-         pad_id: int) -> grain.IterDataset:
+def pack(
+    documents: grain.IterDataset, seq_len: int, packing: str, pad_id: int
+) -> grain.IterDataset:
     """Turn documents ({"tokens": ids}) into rows.
 
     packing: "split" lets documents run on in the next row, so only the last row is padded;
@@ -38,17 +39,23 @@ def pack(documents: grain.IterDataset, seq_len: int, packing: str,
     else:
         pieces = experimental.FlatMapIterDataset(documents, _Pieces(seq_len))
         rows = experimental.BestFitPackIterDataset(
-            pieces, length_struct={"tokens": seq_len}, num_packing_bins=BINS, shuffle_bins=False)
-    return rows.map(lambda row: finish(row["tokens"], row["tokens_segment_ids"],
-                                       row["tokens_positions"], pad_id))
+            pieces, length_struct={"tokens": seq_len}, num_packing_bins=BINS, shuffle_bins=False
+        )
+    return rows.map(
+        lambda row: finish(
+            row["tokens"], row["tokens_segment_ids"], row["tokens_positions"], pad_id
+        )
+    )
 
 
 def finish(tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray, pad_id: int) -> Row:
     """Name the arrays once and for all, and derive the loss mask."""
-    return {"tokens": np.where(segment_ids > 0, tokens, pad_id).astype(np.int32),
-            "segment_ids": segment_ids.astype(np.int32),
-            "positions": positions.astype(np.int32),
-            "loss_mask": ((segment_ids > 0) & (positions > 0)).astype(np.float32)}
+    return {
+        "tokens": np.where(segment_ids > 0, tokens, pad_id).astype(np.int32),
+        "segment_ids": segment_ids.astype(np.int32),
+        "positions": positions.astype(np.int32),
+        "loss_mask": ((segment_ids > 0) & (positions > 0)).astype(np.float32),
+    }
 
 
 def single(tokens: np.ndarray, answers: np.ndarray | None, seq_len: int, pad_id: int) -> Row:

@@ -53,8 +53,11 @@ class Pipeline:
         then, now = state["identity"], self._identity
         changed = [f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in now if then.get(k) != now[k]]
         if changed:
-            raise UserError("Cannot resume the data where the run stopped: " + "; ".join(changed)
-                            + ". Restore the old files and settings, or start a new run.")
+            raise UserError(
+                "Cannot resume the data where the run stopped: "
+                + "; ".join(changed)
+                + ". Restore the old files and settings, or start a new run."
+            )
         self._iterator.set_state(_from_json(state["iterator"]))
 
     def close(self) -> None:
@@ -80,9 +83,13 @@ class Stream:
         """Describe the stream, as stored in checkpoints."""
         fields = {f"data.{k}": v for k, v in to_plain(self.cfg).items() if k != "files"}
         content = self.documents.fingerprint if self.documents else ""
-        return {"data.files (hash)": content, **fields, "split": self.split,
-                "tokenizer (hash)": self.tokenizer.fingerprint,
-                "process_count": self.process_count}
+        return {
+            "data.files (hash)": content,
+            **fields,
+            "split": self.split,
+            "tokenizer (hash)": self.tokenizer.fingerprint,
+            "process_count": self.process_count,
+        }
 
     def rows(self, epochs: int | None = None) -> grain.IterDataset:
         """Return the global rows; text ends after `epochs`, recall prompts never do."""
@@ -91,14 +98,17 @@ class Stream:
             return self._text_rows(epochs)
         if share == 1:
             return self._recall_rows()
-        return grain.IterDataset.mix([self._text_rows(epochs), self._recall_rows()],
-                                     [1 - share, share])
+        return grain.IterDataset.mix(
+            [self._text_rows(epochs), self._recall_rows()], [1 - share, share]
+        )
 
     def _text_rows(self, epochs: int | None) -> grain.IterDataset:
         limit = _holdout_limit(self.documents, self.cfg)
         if self.split == "holdout" and limit == 0:
-            raise UserError("data.holdout: no document is held out; set data.holdout > 0 and give "
-                            "more than one document.")
+            raise UserError(
+                "data.holdout: no document is held out; set data.holdout > 0 and give "
+                "more than one document."
+            )
         wanted = functools.partial(_is_wanted, limit=limit, holdout=self.split == "holdout")
         documents = (
             grain.MapDataset.source(self.documents)
@@ -113,7 +123,8 @@ class Stream:
             if not flags.FLAGS.is_parsed():  # grain asks for its flags, also outside of absl.app
                 flags.FLAGS.mark_as_parsed()
             documents = documents.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self.cfg.workers))
+                grain.MultiprocessingOptions(num_workers=self.cfg.workers)
+            )
         documents = documents.filter(_is_some)
         return packing.pack(documents, self.cfg.seq_len, self.cfg.packing, self.pad_id)
 
@@ -131,21 +142,35 @@ class Stream:
 def _from_json(state: Any) -> Any:
     """Give grain's split points back as tuples: compared as lists, it goes astray silently."""
     if isinstance(state, dict):
-        return {k: {f: tuple(v) for f, v in s.items()} if k == "remainder_slices" else _from_json(s)
-                for k, s in state.items()}
+        return {
+            k: {f: tuple(v) for f, v in s.items()} if k == "remainder_slices" else _from_json(s)
+            for k, s in state.items()
+        }
     return [_from_json(s) for s in state] if isinstance(state, list) else state
 
 
-def make_pipeline(cfg: DataConfig, tokenizer: Tokenizer, *, split: str = "train",
-                  process_index: int = 0, process_count: int = 1) -> Pipeline:
+def make_pipeline(
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    split: str = "train",
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Pipeline:
     """Return the endless batches of a split; this process gets its contiguous share of rows."""
     stream = _open_stream(cfg, tokenizer, split, process_count)
     share = _share(cfg.rows, process_index, process_count)
     return Pipeline(stream.rows(), stream, share)
 
 
-def eval_rows(cfg: DataConfig, tokenizer: Tokenizer, rows: int, *, process_index: int = 0,
-              process_count: int = 1) -> list[Batch]:
+def eval_rows(
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    rows: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[Batch]:
     """Return the same first `rows` held-out rows each time, in batches of at most `cfg.rows`.
 
     The last batch is filled up with padding, and there are fewer rows where the text ends.
@@ -155,8 +180,10 @@ def eval_rows(cfg: DataConfig, tokenizer: Tokenizer, rows: int, *, process_index
     size = min(cfg.rows, -(-rows // process_count) * process_count)
     share = _share(size, process_index, process_count)
     found += [packing.empty(cfg.seq_len, stream.pad_id)] * (-len(found) % size)
-    return [{k: np.stack([row[k] for row in found[i : i + size][share]]) for k in found[0]}
-            for i in range(0, len(found), size)]
+    return [
+        {k: np.stack([row[k] for row in found[i : i + size][share]]) for k in found[0]}
+        for i in range(0, len(found), size)
+    ]
 
 
 def _open_stream(cfg: DataConfig, tokenizer: Tokenizer, split: str, processes: int) -> Stream:

@@ -111,8 +111,10 @@ def _open(path: Path, text_key: str, tokenizer: Tokenizer) -> Source:
         return TokenSource(TokenFolder(path, tokenizer))
     kind = Path(path.stem).suffix if path.suffix in (".xz", ".gz") else path.suffix
     if path.is_dir() or kind not in KINDS:
-        raise UserError(f"{path}: unknown kind of data; known are {', '.join(KINDS)}, the first "
-                        "two also as .xz or .gz, and .tokens folders.")
+        raise UserError(
+            f"{path}: unknown kind of data; known are {', '.join(KINDS)}, the first "
+            "two also as .xz or .gz, and .tokens folders."
+        )
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty.")
     source = KINDS[kind](path, text_key)
@@ -167,8 +169,10 @@ class ByteSource:
                 cut_off = e.reason == "unexpected end of data" and start + len(chunk) < size
                 if not cut_off:
                     what = "of the unpacked text" if isinstance(self.data, bytes) else "of the file"
-                    raise UserError(f"{self.path}: not UTF-8 at byte {start + e.start} {what} "
-                                    f"({e.reason}); convert the file.") from e
+                    raise UserError(
+                        f"{self.path}: not UTF-8 at byte {start + e.start} {what} "
+                        f"({e.reason}); convert the file."
+                    ) from e
                 start += e.start  # a character runs over the border of two chunks
 
 
@@ -221,8 +225,10 @@ class JsonlSource(ByteSource):
         text = row.get(self._key) if isinstance(row, dict) else None
         if not isinstance(text, str):
             has = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{self._row(index)}: expected a string under {self._key!r}, the row "
-                            f"has {has}; set data.text_key.")
+            raise UserError(
+                f"{self._row(index)}: expected a string under {self._key!r}, the row "
+                f"has {has}; set data.text_key."
+            )
         return _document(text)
 
     def _row(self, index: int) -> str:
@@ -259,8 +265,9 @@ class ParquetSource:
         except (pa.ArrowException, OSError) as e:
             raise UserError(f"{self.path}: not a readable parquet file ({e}).") from e
         if table is None:
-            raise UserError(f"{self.path}: no column {self._key!r}, it has {names}; "
-                            "set data.text_key.")
+            raise UserError(
+                f"{self.path}: no column {self._key!r}, it has {names}; set data.text_key."
+            )
         return table.column(0)
 
     def __getstate__(self):
@@ -272,8 +279,10 @@ class ParquetSource:
     def __getitem__(self, index: int) -> Document:
         text = self.column[index].as_py()
         if not isinstance(text, str):
-            raise UserError(f"{self.path}, row {index}: expected a string under {self._key!r}, "
-                            f"got {text!r:.40}.")
+            raise UserError(
+                f"{self.path}, row {index}: expected a string under {self._key!r}, "
+                f"got {text!r:.40}."
+            )
         return _document(text)
 
 
@@ -284,8 +293,9 @@ class ArrayRecordSource:
         try:
             from grain.sources import ArrayRecordDataSource
         except ImportError as e:
-            raise UserError(f"{path}: needs array_record: "
-                            "pip install 'hydrajax[arrayrecord]'.") from e
+            raise UserError(
+                f"{path}: needs array_record: pip install 'hydrajax[arrayrecord]'."
+            ) from e
         self.path = path
         try:
             self._records = ArrayRecordDataSource(str(path))
@@ -315,5 +325,10 @@ class TokenSource:
         return Document(self._folder[index], int(self._folder.keys[index]))
 
 
-KINDS = {".txt": TextSource, ".jsonl": JsonlSource, ".parquet": ParquetSource,
-         ".array_record": ArrayRecordSource, ".arrayrecord": ArrayRecordSource}
+KINDS = {
+    ".txt": TextSource,
+    ".jsonl": JsonlSource,
+    ".parquet": ParquetSource,
+    ".array_record": ArrayRecordSource,
+    ".arrayrecord": ArrayRecordSource,
+}

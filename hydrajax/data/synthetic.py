@@ -39,8 +39,11 @@ WORDS = """
     window wine wing winter wire wolf wood wool
 """.split()  # noqa: SIM905
 NOISE = (
-    "The lamp is lit and the door is shut.", "Rain falls on the roof.", "The road goes on.",
-    "Here we are and there we go.", "The kettle sings, then it is quiet again.",
+    "The lamp is lit and the door is shut.",
+    "Rain falls on the roof.",
+    "The road goes on.",
+    "Here we are and there we go.",
+    "The kettle sings, then it is quiet again.",
 )
 KEYS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of task `recall`
 VALUES = "0123456789!#$%&()*+,-./:;<=>?@[]^_{}~"
@@ -92,14 +95,23 @@ def _words(rng: np.random.Generator, count: int) -> list[str]:
     return [str(w) for w in rng.choice(WORDS, count, replace=False)]
 
 
-def _needle(rng: np.random.Generator, depth: float, keys: int = 1, kind: str = "number",
-            haystack: tuple[str, ...] = ()) -> _Parts:
+def _needle(
+    rng: np.random.Generator,
+    depth: float,
+    keys: int = 1,
+    kind: str = "number",
+    haystack: tuple[str, ...] = (),
+) -> _Parts:
     names = _words(rng, keys)
     values = [_number(rng, 7) if kind == "number" else " ".join(_words(rng, 2)) for _ in names]
     what = f"special magic {kind}"
     facts = [(f"The {what} for {n} is:", f" {v}", ".") for n, v in zip(names, values, strict=True)]
-    return _Parts(f"Some {what}s are hidden in the following text. Remember them.\n", facts,
-                  f"\nWhat is the {what} for {names[0]}? The {what} for {names[0]} is:", haystack)
+    return _Parts(
+        f"Some {what}s are hidden in the following text. Remember them.\n",
+        facts,
+        f"\nWhat is the {what} for {names[0]}? The {what} for {names[0]} is:",
+        haystack,
+    )
 
 
 def _kv_list(rng: np.random.Generator, depth: float, pairs: int) -> _Parts:
@@ -109,8 +121,11 @@ def _kv_list(rng: np.random.Generator, depth: float, pairs: int) -> _Parts:
     lines = [f"{n}: {v}\n" for n, v in zip(names, values, strict=True)]
     head = "\n\nThe list of numbers:\n" + "".join(lines[:at]) + f"{names[at]}:"
     fact = (head, f" {values[at]}", "\n" + "".join(lines[at + 1 :]) + "\n")
-    return _Parts("A list of numbers stands in the following text. Remember it.\n", [fact],
-                  f"\nThe number of {names[at]} in the list of numbers is:\n{names[at]}:")
+    return _Parts(
+        "A list of numbers stands in the following text. Remember it.\n",
+        [fact],
+        f"\nThe number of {names[at]} in the list of numbers is:\n{names[at]}:",
+    )
 
 
 def _variables(rng: np.random.Generator, depth: float, hops: int = 2) -> _Parts:
@@ -118,10 +133,15 @@ def _variables(rng: np.random.Generator, depth: float, hops: int = 2) -> _Parts:
     chain, other = names[: hops + 1], names[hops + 1 :]
     facts = [(f"VAR {chain[0]} =", f" {_number(rng, 5)}", ".")]
     facts += [(f"VAR {b} = VAR {a}.", "", "") for a, b in itertools.pairwise(chain)]
-    facts += [(f"VAR {other[0]} = {_number(rng, 5)}.", "", ""),
-              (f"VAR {other[1]} = VAR {other[0]}.", "", "")]
-    return _Parts("Follow the variables in the text.\n", facts,
-                  f"\nWhat is the value of VAR {chain[-1]}? VAR {chain[-1]} =")
+    facts += [
+        (f"VAR {other[0]} = {_number(rng, 5)}.", "", ""),
+        (f"VAR {other[1]} = VAR {other[0]}.", "", ""),
+    ]
+    return _Parts(
+        "Follow the variables in the text.\n",
+        facts,
+        f"\nWhat is the value of VAR {chain[-1]}? VAR {chain[-1]} =",
+    )
 
 
 TASKS: dict[str, Callable[[np.random.Generator, float], _Parts] | None] = {
@@ -136,8 +156,15 @@ TASKS: dict[str, Callable[[np.random.Generator, float], _Parts] | None] = {
 }
 
 
-def make_example(task: str, rng: np.random.Generator, *, tokens: int, depth: float | None = None,
-                 tokenizer: Tokenizer, haystack: str | None = None) -> Example:
+def make_example(
+    task: str,
+    rng: np.random.Generator,
+    *,
+    tokens: int,
+    depth: float | None = None,
+    tokenizer: Tokenizer,
+    haystack: str | None = None,
+) -> Example:
     """Make a prompt that with its answer fills `tokens` as far as whole sentences allow.
 
     depth: where the answer stands, 0 at the start, 1 at the end; None draws it. In `recall`
@@ -157,8 +184,10 @@ def make_example(task: str, rng: np.random.Generator, *, tokens: int, depth: flo
             example = _hide(task, parts, rng, (tokens, depth, tokenizer, haystack))
         if encode_example(example, tokenizer):
             return example
-    raise UserError(f"{task}: no example in {TRIES} tries whose answer this tokenizer keeps apart "
-                    f"from its prompt; choose another task.")
+    raise UserError(
+        f"{task}: no example in {TRIES} tries whose answer this tokenizer keeps apart "
+        f"from its prompt; choose another task."
+    )
 
 
 def counterfactual(example: Example, rng: np.random.Generator, tokenizer: Tokenizer) -> Example:
@@ -171,8 +200,10 @@ def counterfactual(example: Example, rng: np.random.Generator, tokenizer: Tokeni
             (a, b), x, y = clean.span, clean.prompt, swapped.prompt
             if x[:a] == y[:a] and x[b:] == y[b:]:
                 return other
-    raise UserError(f"{example.task}: no answer of as many tokens as {example.answer!r} in {TRIES} "
-                    "tries; choose another task for this tokenizer.")
+    raise UserError(
+        f"{example.task}: no answer of as many tokens as {example.answer!r} in {TRIES} "
+        "tries; choose another task for this tokenizer."
+    )
 
 
 def encode_example(example: Example, tokenizer: Tokenizer) -> Encoded | None:
@@ -187,8 +218,9 @@ def encode_example(example: Example, tokenizer: Tokenizer) -> Encoded | None:
     return Encoded(prompt, answer, span) if answer and whole and once else None
 
 
-def training_row(task: str, rng: np.random.Generator, seq_len: int,
-                 tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def training_row(
+    task: str, rng: np.random.Generator, seq_len: int, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
     """Return at most `seq_len` tokens and, per token, 1 where the row itself determines it."""
     if task == "recall":
         _check_characters(tokenizer)
@@ -230,8 +262,9 @@ def _other_answer(example: Example, rng: np.random.Generator, tokenizer: Tokeniz
 
 
 @functools.lru_cache(maxsize=8)
-def _sentences(text: str | tuple[str, ...] | None,
-               tokenizer: Tokenizer) -> tuple[tuple[str, ...], np.ndarray]:
+def _sentences(
+    text: str | tuple[str, ...] | None, tokenizer: Tokenizer
+) -> tuple[tuple[str, ...], np.ndarray]:
     """Split prose (None: the shipped sample) into usable sentences, and count their tokens."""
     if text is None:
         text = lzma.decompress(SAMPLE.read_bytes()).decode("utf-8")
@@ -249,8 +282,10 @@ def _hide(task: str, parts: _Parts, rng: np.random.Generator, place: tuple) -> E
     bare = _assemble(task, parts, [], [0] * len(parts.facts), depth)
     room = tokens - len(tokenizer.encode(bare.prompt + bare.answer))
     if room < 0:
-        raise UserError(f"{task}: {tokens} tokens are too few, this tokenizer needs at least "
-                        f"{tokens - room}; raise the length.")
+        raise UserError(
+            f"{task}: {tokens} tokens are too few, this tokenizer needs at least "
+            f"{tokens - room}; raise the length."
+        )
     sentences, sizes = _sentences(haystack or parts.haystack or None, tokenizer)
     first = int(rng.integers(len(sentences)))
     wanted = np.arange(first, first + room // int(sizes.min()) + 1) % len(sentences)
@@ -272,8 +307,9 @@ def _hide(task: str, parts: _Parts, rng: np.random.Generator, place: tuple) -> E
     return bare
 
 
-def _assemble(task: str, parts: _Parts, sentences: list[str], cuts: list[int],
-              depth: float) -> Example:
+def _assemble(
+    task: str, parts: _Parts, sentences: list[str], cuts: list[int], depth: float
+) -> Example:
     """Put fact i before sentence `cuts[i]`, and the question at the end."""
     order = sorted(range(len(cuts)), key=lambda i: cuts[i])
     pieces: list[str] = []
@@ -288,8 +324,9 @@ def _assemble(task: str, parts: _Parts, sentences: list[str], cuts: list[int],
     head, answer, tail = parts.facts[0]
     before = " ".join([parts.intro, *pieces[:target], head])
     after = " ".join([tail, *pieces[target + 1 :]]) + parts.question
-    before, after = (re.sub("\n{3,}", "\n\n", re.sub(" *\n *", "\n", text))
-                     for text in (before, after))
+    before, after = (
+        re.sub("\n{3,}", "\n\n", re.sub(" *\n *", "\n", text)) for text in (before, after)
+    )
     return Example(task, before, answer, after, depth)
 
 

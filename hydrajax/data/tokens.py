@@ -1,9 +1,9 @@
 """A `.tokens` folder: documents encoded once, read back without copying.
 
-    tokens.npy   uint16 or uint32 [tokens]     all documents, one after the other, no end tokens
-    offsets.npy  int64 [documents + 1]         where each one starts
-    keys.npy     uint32 [documents]            hashes of the texts: the same holdout as the texts
-    meta.json    format version, hash of tokenizer.json, counts
+tokens.npy   uint16 or uint32 [tokens]     all documents, one after the other, no end tokens
+offsets.npy  int64 [documents + 1]         where each one starts
+keys.npy     uint32 [documents]            hashes of the texts: the same holdout as the texts
+meta.json    format version, hash of tokenizer.json, counts
 """
 
 import json
@@ -31,19 +31,26 @@ class TokenFolder:
             meta = json.loads((path / "meta.json").read_text("utf-8"))
             version, made_with = meta["format_version"], meta["tokenizer"]
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{path}: not a .tokens folder ({e!r}); make one with "
-                            "python -m hydrajax.data.") from e
+            raise UserError(
+                f"{path}: not a .tokens folder ({e!r}); make one with python -m hydrajax.data."
+            ) from e
         if version != FORMAT_VERSION:
-            raise UserError(f"{path}/meta.json: format_version {version}, expected "
-                            f"{FORMAT_VERSION}; make the folder again.")
+            raise UserError(
+                f"{path}/meta.json: format_version {version}, expected "
+                f"{FORMAT_VERSION}; make the folder again."
+            )
         if made_with != tokenizer.fingerprint:
-            raise UserError(f"{path}: made with another tokenizer (tokenizer.json sha256 "
-                            f"{made_with[:12]}, here {tokenizer.fingerprint[:12]}); encode the "
-                            "texts again with python -m hydrajax.data.")
+            raise UserError(
+                f"{path}: made with another tokenizer (tokenizer.json sha256 "
+                f"{made_with[:12]}, here {tokenizer.fingerprint[:12]}); encode the "
+                "texts again with python -m hydrajax.data."
+            )
         counts = (len(self.tokens), len(self.offsets) - 1, len(self.keys))
         if counts != (meta["tokens"], meta["documents"], meta["documents"]):
-            raise UserError(f"{path}: damaged, {counts[0]} tokens in {counts[1]} documents, "
-                            f"meta.json says {meta['tokens']} in {meta['documents']}.")
+            raise UserError(
+                f"{path}: damaged, {counts[0]} tokens in {counts[1]} documents, "
+                f"meta.json says {meta['tokens']} in {meta['documents']}."
+            )
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -107,7 +114,8 @@ def _write_header(f, dtype: np.dtype, count: int) -> None:
     """Write the .npy header; numpy pads it so that a later count fits in its place."""
     f.seek(0)
     np.lib.format.write_array_header_1_0(
-        f, {"descr": dtype.str, "fortran_order": False, "shape": (count,)})
+        f, {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
+    )
 
 
 def _batches(documents: Iterable) -> Iterator[list]:

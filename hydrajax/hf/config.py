@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import Any
 
-from hydrajax.config import FAMILIES, ModelConfig, RopeConfig
+from hydrajax.model_config import FAMILIES, ModelConfig, RopeConfig
 from hydrajax.typing import UserError
 
 CLASSES = {

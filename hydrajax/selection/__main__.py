@@ -51,13 +51,17 @@ def select(cfg: RunConfig, command: list[str]) -> Path:
         scores = SCORERS[cfg.select.scorer](context)
     plan = budget.make_plan(scores.keys, cfg.select, model)
     share = budget.tie_share(scores.score, plan, cfg.select, model) if scores.measured else None
-    facts = _provenance(cfg.select, scores) | make_lineage(command, None) | {
-        "teacher": cfg.teacher,
-        "teacher_hash": hash_params(run.params),
-        "tie_share": share,
-        "device": jax.devices()[0].device_kind,
-        "seconds": round(time.perf_counter() - began, 1),
-    }
+    facts = (
+        _provenance(cfg.select, scores)
+        | make_lineage(command, None)
+        | {
+            "teacher": cfg.teacher,
+            "teacher_hash": hash_params(run.params),
+            "tie_share": share,
+            "device": jax.devices()[0].device_kind,
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+    )
     del facts["parent"], facts["parent_hash"]  # the teacher, under its own name
 
     out = Path(cfg.out)

@@ -1,7 +1,7 @@
 """Scorers: functions from a Context to Scores. A new one is a function here and a line in SCORERS.
 
-    κ_n = share of probes whose mean effect of head n exceeds ie_floor
-    s_n = clip(mean over probes, 0, 1) · κ_n          (HydraHead, 2606.20097, Eq. 11-12)
+κ_n = share of probes whose mean effect of head n exceeds ie_floor
+s_n = clip(mean over probes, 0, 1) · κ_n          (HydraHead, 2606.20097, Eq. 11-12)
 """
 
 from collections.abc import Callable

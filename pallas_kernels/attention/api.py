@@ -151,9 +151,7 @@ def _attention_fwd(choice, params, *operands):
 def _attention_bwd(choice, params, residuals, do):
     branches = {n: functools.partial(IMPLEMENTATIONS[n].backward, params) for n in choice.names}
     dq, dk, dv = dispatch.platform_switch(choice, branches, *residuals, do)
-    integers = [
-        None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in residuals[3:6]
-    ]
+    integers = [None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in residuals[3:6]]
     return dq, dk, dv, *integers
 
 

@@ -1,6 +1,6 @@
 """Argument shapes and masks that every implementation of attention is held to.
 
-    B batch   T query tokens   S key tokens   N query heads   K key and value heads   H head dim
+B batch   T query tokens   S key tokens   N query heads   K key and value heads   H head dim
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Attention by cuDNN through `jax.nn.dot_product_attention`, which brings its own derivative.
 
-    o_t = sum_s softmax_s(scale q_t.k_s + mask_ts) v_s
+o_t = sum_s softmax_s(scale q_t.k_s + mask_ts) v_s
 """
 
 import importlib.util

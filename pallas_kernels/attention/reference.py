@@ -1,9 +1,9 @@
 """Dense softmax attention at full precision, the definition; JAX differentiates it.
 
-    o_t = sum_s softmax_s(scale q_t.k_s + mask_ts) v_s          0 where the mask leaves no key
+o_t = sum_s softmax_s(scale q_t.k_s + mask_ts) v_s          0 where the mask leaves no key
 
-    B batch   T query tokens   S key tokens   N = K G query heads   K key and value heads
-    H head dim
+B batch   T query tokens   S key tokens   N = K G query heads   K key and value heads
+H head dim
 """
 
 import jax.numpy as jnp

@@ -1,8 +1,8 @@
 """Attention of one token per row over its cache.
 
-    o = sum_{s < length} softmax_s(scale q.k_s) v_s
+o = sum_{s < length} softmax_s(scale q.k_s) v_s
 
-    B batch   S cache entries   N = K G query heads   K key and value heads   H head dim
+B batch   S cache entries   N = K G query heads   K key and value heads   H head dim
 """
 
 import jax.numpy as jnp

@@ -1,8 +1,8 @@
 """Depthwise causal convolution: argument checks, run numbers, dispatch and the one `custom_vjp`.
 
-    y_t = act(sum_j w_{W-1-j} x_{t-j}),  0 <= j < W, over the rows of t's own document
+y_t = act(sum_j w_{W-1-j} x_{t-j}),  0 <= j < W, over the rows of t's own document
 
-    B batch   T tokens   W taps, the last one for the current token   C channels
+B batch   T tokens   W taps, the last one for the current token   C channels
 """
 
 import dataclasses

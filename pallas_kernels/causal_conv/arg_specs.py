@@ -1,6 +1,6 @@
 """Argument shapes that every implementation of the causal convolution is held to.
 
-    B batch   T tokens   W taps   C channels
+B batch   T tokens   W taps   C channels
 """
 
 import dataclasses

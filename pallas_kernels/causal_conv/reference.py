@@ -1,8 +1,8 @@
 """Depthwise causal convolution token by token, the definition; JAX differentiates the scan.
 
-    y_t = act(sum_j w_{W-1-j} x_{t-j})        the window is empty before a document's first token
+y_t = act(sum_j w_{W-1-j} x_{t-j})        the window is empty before a document's first token
 
-    B batch   T tokens   W taps, the last one for the current token   C channels
+B batch   T tokens   W taps, the last one for the current token   C channels
 """
 
 import jax

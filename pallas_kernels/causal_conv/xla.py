@@ -1,9 +1,9 @@
 """Depthwise causal convolution as W shifted products in one fusion, forward and backward.
 
-    u_t = sum_j w_{W-1-j} x_{t-j} [r_t = r_{t-j}]          y = act(u)          r the document number
-    dx_t = sum_j w_{W-1-j} du_{t+j} [r_t = r_{t+j}]        dw_{W-1-j} = sum_t x_{t-j} du_t [..]
+u_t = sum_j w_{W-1-j} x_{t-j} [r_t = r_{t-j}]          y = act(u)          r the document number
+dx_t = sum_j w_{W-1-j} du_{t+j} [r_t = r_{t+j}]        dw_{W-1-j} = sum_t x_{t-j} du_t [..]
 
-    B batch   T tokens   W taps, the last one for the current token   C channels
+B batch   T tokens   W taps, the last one for the current token   C channels
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Argument shapes and contents that every implementation of the gated delta rule is held to.
 
-    B batch   T tokens   K key heads   R value heads   H key dim   E value dim
+B batch   T tokens   K key heads   R value heads   H key dim   E value dim
 """
 
 import dataclasses

@@ -26,25 +26,28 @@ def refused(files, match, text_key="text"):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "data", "match"), [
-    ("a.txt", b"", r"a\.txt: the file is empty"),
-    ("a.jsonl", b"", r"a\.jsonl: the file is empty"),
-    ("a.txt", b"\x1e \n\x1e", r"a\.txt: no document"),
-    ("a.jsonl", b"\n\n", r"a\.jsonl: no document"),
-    ("a.txt.xz", lzma.compress(b""), r"a\.txt\.xz: no document"),
-    ("a.txt", b"good\x1ebad \xff\xfe", r"a\.txt: not UTF-8 at byte 9 of the file"),
-    ("a.txt", b"cut \xe2\x82", r"not UTF-8 at byte 4"),
-    ("a.txt.gz", gzip.compress(b"bad \xff"), r"not UTF-8 at byte 4 of the unpacked text"),
-    ("a.txt.xz", lzma.compress(b"x" * 999)[:40], r"a\.txt\.xz: cannot be unpacked"),
-    ("a.txt.gz", b"plain", r"a\.txt\.gz: cannot be unpacked"),
-    ("a.jsonl", b'{"text": "x"}\n\n{"tex": "y", "b": 1}', r"line 3.*'text'.*\['b', 'tex'\]"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": 3}', r"line 2.*expected a string"),
-    ("a.jsonl", b'{"text": "x"}\n["y"]', r"line 2.*has list"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": ', r"line 2: not valid JSON"),
-    ("a.parquet", b"PAR1 no parquet PAR1", r"a\.parquet: not a readable parquet"),
-    ("a.csv", b"x", r"a\.csv: unknown kind.*\.jsonl"),
-    ("a.tokens", b"x", r"a\.tokens: not a \.tokens folder"),
-])
+@pytest.mark.parametrize(
+    ("name", "data", "match"),
+    [
+        ("a.txt", b"", r"a\.txt: the file is empty"),
+        ("a.jsonl", b"", r"a\.jsonl: the file is empty"),
+        ("a.txt", b"\x1e \n\x1e", r"a\.txt: no document"),
+        ("a.jsonl", b"\n\n", r"a\.jsonl: no document"),
+        ("a.txt.xz", lzma.compress(b""), r"a\.txt\.xz: no document"),
+        ("a.txt", b"good\x1ebad \xff\xfe", r"a\.txt: not UTF-8 at byte 9 of the file"),
+        ("a.txt", b"cut \xe2\x82", r"not UTF-8 at byte 4"),
+        ("a.txt.gz", gzip.compress(b"bad \xff"), r"not UTF-8 at byte 4 of the unpacked text"),
+        ("a.txt.xz", lzma.compress(b"x" * 999)[:40], r"a\.txt\.xz: cannot be unpacked"),
+        ("a.txt.gz", b"plain", r"a\.txt\.gz: cannot be unpacked"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"tex": "y", "b": 1}', r"line 3.*'text'.*\['b', 'tex'\]"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}', r"line 2.*expected a string"),
+        ("a.jsonl", b'{"text": "x"}\n["y"]', r"line 2.*has list"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', r"line 2: not valid JSON"),
+        ("a.parquet", b"PAR1 no parquet PAR1", r"a\.parquet: not a readable parquet"),
+        ("a.csv", b"x", r"a\.csv: unknown kind.*\.jsonl"),
+        ("a.tokens", b"x", r"a\.tokens: not a \.tokens folder"),
+    ],
+)
 def test_broken_files_are_named(tmp_path, name, data, match):
     if ".parquet" in name:
         pytest.importorskip("pyarrow")
@@ -130,17 +133,21 @@ def test_a_bad_row_in_the_middle_of_training_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n' * 500 + '{"oops": 1}\n')
     pipeline = make_pipeline(
-        DataConfig(files=(str(path),), seq_len=16, rows=2, holdout=0.0), TOKENIZER)
+        DataConfig(files=(str(path),), seq_len=16, rows=2, holdout=0.0), TOKENIZER
+    )
     with pytest.raises(UserError, match="line 501"):
         for _ in range(100):
             next(pipeline)
 
 
-@pytest.mark.parametrize(("changes", "match"), [
-    ({}, "both are empty"),
-    ({"synthetic": "recal"}, "'recal' is unknown"),
-    ({"synthetic": "recall", "rows": 3}, "rows=3 cannot be divided"),
-])
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({}, "both are empty"),
+        ({"synthetic": "recal"}, "'recal' is unknown"),
+        ({"synthetic": "recall", "rows": 3}, "rows=3 cannot be divided"),
+    ],
+)
 def test_settings_that_make_no_data(changes, match):
     with pytest.raises(UserError, match=match):
         make_pipeline(DataConfig(**changes), TOKENIZER, process_count=2)
@@ -149,8 +156,9 @@ def test_settings_that_make_no_data(changes, match):
 def test_damaged_tokens_folder(tmp_path):
     (tmp_path / "a.txt").write_text("alpha\x1ebeta")
     out = tmp_path / "a.tokens"
-    assert main(["--files", str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out",
-                 str(out)]) == 0
+    assert (
+        main(["--files", str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(out)]) == 0
+    )
     data = (out / "tokens.npy").read_bytes()
     (out / "tokens.npy").write_bytes(data[:-4])
     refused([out], r"a\.tokens/tokens\.npy: cannot be read")
@@ -163,7 +171,18 @@ def test_damaged_tokens_folder(tmp_path):
 
 def test_failed_encoding_leaves_nothing_behind(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"oops": 1}\n')
-    assert main(["--files", str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--out",
-                 str(tmp_path / "x.tokens")]) == 2
+    assert (
+        main(
+            [
+                "--files",
+                str(tmp_path / "a.jsonl"),
+                "--tokenizer",
+                "bytes",
+                "--out",
+                str(tmp_path / "x.tokens"),
+            ]
+        )
+        == 2
+    )
     assert capsys.readouterr().err.startswith("error: ")
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]

@@ -240,4 +240,3 @@ def test_wrong_arguments_are_named():
 
 def _jax(arrays):
     return {name: jnp.asarray(x) for name, x in arrays.items()}
-

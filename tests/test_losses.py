@@ -1,0 +1,131 @@
+"""Losses: chunked sums against float64 numpy, their gradients, and which tokens count."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hydrajax.losses import alignment, chunked_ce, chunked_kl, next_tokens, sum_over_chunks
+
+B, T, D, V = 3, 12, 8, 20
+RNG = np.random.default_rng(0)
+X, XT = RNG.standard_normal((2, B, T, D)).astype(np.float32)
+W, WT = RNG.standard_normal((2, D, V)).astype(np.float32)
+TARGETS = RNG.integers(0, V, (B, T))
+WEIGHTS = RNG.uniform(0, 1, (B, T)).astype(np.float32) * (RNG.uniform(size=(B, T)) < 0.7)
+
+
+def unembed(w):
+    """All that a loss asks of a model."""
+    return SimpleNamespace(logits=lambda x: x @ w)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def one_hot(targets: np.ndarray) -> np.ndarray:
+    return np.eye(V)[targets]
+
+
+def with_gradients(loss):
+    """((sum, count), gradients by x and w), compiled."""
+    run = jax.value_and_grad(lambda x, w: loss(x, w), argnums=(0, 1), has_aux=True)
+    return jax.jit(run)(X, W)
+
+
+# 1 and 12 tokens of all rows are less than one position and a third of the positions.
+@pytest.mark.parametrize("chunk", [1, 12, 20, 10_000])
+def test_cross_entropy_and_its_gradients_equal_float64_at_every_chunk(chunk):
+    (total, count), (dx, dw) = with_gradients(
+        lambda x, w: chunked_ce(unembed(w), x, jnp.asarray(TARGETS), jnp.asarray(WEIGHTS), chunk)
+    )
+    x, w, weights = (a.astype(np.float64) for a in (X, W, WEIGHTS))
+    log_p = log_softmax(x @ w)
+    nats = -np.take_along_axis(log_p, TARGETS[..., None], -1)[..., 0]
+    assert float(total) == pytest.approx((weights * nats).sum(), rel=1e-5)
+    assert float(count) == pytest.approx(weights.sum(), rel=1e-6)
+    by_logits = weights[..., None] * (np.exp(log_p) - one_hot(TARGETS))
+    np.testing.assert_allclose(dx, by_logits @ w.T, atol=2e-5)
+    np.testing.assert_allclose(dw, np.einsum("btd,btv->dv", x, by_logits), atol=2e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("chunk", [1, 12, 10_000])
+def test_kl_and_its_gradients_equal_float64_at_every_chunk(chunk, temperature):
+    (total, count), (dx, dw) = with_gradients(
+        lambda x, w: chunked_kl(
+            unembed(w), unembed(WT), (x, XT), jnp.asarray(WEIGHTS), chunk, temperature
+        )
+    )
+    x, w, weights = (a.astype(np.float64) for a in (X, W, WEIGHTS))
+    log_q = log_softmax(x @ w / temperature)
+    log_p = log_softmax(XT.astype(np.float64) @ WT / temperature)
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    assert float(total) == pytest.approx(temperature**2 * (weights * kl).sum(), rel=1e-5)
+    assert float(count) == pytest.approx(weights.sum(), rel=1e-6)
+    by_logits = temperature * weights[..., None] * (np.exp(log_q) - np.exp(log_p))
+    np.testing.assert_allclose(dx, by_logits @ w.T, atol=2e-5)
+    np.testing.assert_allclose(dw, np.einsum("btd,btv->dv", x, by_logits), atol=2e-5)
+
+
+def test_a_student_that_is_the_teacher_has_no_kl_and_no_gradient():
+    (total, _), gradients = with_gradients(
+        lambda x, w: chunked_kl(unembed(w), unembed(W), (x, X), jnp.asarray(WEIGHTS), 12)
+    )
+    assert float(total) == pytest.approx(0, abs=1e-5)
+    for gradient in gradients:
+        np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+def test_no_gradient_reaches_the_teachers_hidden_states():
+    loss = lambda xt: chunked_kl(unembed(W), unembed(WT), (X, xt), WEIGHTS, 12)[0]  # noqa: E731
+    np.testing.assert_array_equal(jax.jit(jax.grad(loss))(XT), 0)
+
+
+def test_chunks_cover_every_token_once_for_lengths_without_small_divisors():
+    seen = []
+
+    def count(x):
+        seen.append(x.shape)
+        return jnp.sum(x)
+
+    x = jnp.ones((2, 13))  # prime: pieces are single positions or the whole row
+    assert float(sum_over_chunks(count, (x,), 8)) == 26
+    assert float(sum_over_chunks(count, (x,), 26)) == 26
+    assert set(seen) == {(2, 1), (2, 13)}
+
+
+def test_targets_end_with_their_document_and_skip_padding_and_unscored_tokens():
+    batch = {
+        "tokens": jnp.array([[5, 6, 7, 8, 9, 0], [1, 2, 3, 4, 5, 6]]),
+        "segment_ids": jnp.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]]),
+        "loss_mask": jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0.5, 1, 1.0]]),
+    }
+    targets, weights = next_tokens(batch)
+    np.testing.assert_array_equal(targets[0, :5], [6, 7, 8, 9, 0])
+    # Position t is weighed by what the mask says of the token it predicts, t + 1.
+    np.testing.assert_array_equal(weights, [[1, 0, 1, 1, 0, 0], [1, 0, 0.5, 1, 1, 0]])
+
+
+def test_alignment_sums_equal_float64_and_pull_towards_the_target():
+    weights = (RNG.uniform(size=(B, T)) < 0.7).astype(np.float32)
+    sums = {k: float(v) for k, v in jax.jit(alignment)(X, XT, weights).items()}
+    y, target = X.astype(np.float64), XT.astype(np.float64)
+    error, power = np.mean((y - target) ** 2, -1), np.mean(target**2, -1)
+    cosine = (y * target).sum(-1) / np.linalg.norm(y, axis=-1) / np.linalg.norm(target, axis=-1)
+    want = {"error": error, "power": power, "cosine": cosine}
+    for name, values in want.items():
+        assert sums[name] == pytest.approx((weights * values).sum(), rel=1e-5), name
+    gradient = jax.jit(jax.grad(lambda y: alignment(y, XT, weights)["error"]))(X)
+    np.testing.assert_allclose(gradient, weights[..., None] * 2 * (y - target) / D, atol=1e-6)
+
+
+def test_alignment_of_zeros_is_finite():
+    zeros = jnp.zeros((1, 4, D))
+    total = lambda y: sum(alignment(y, zeros, jnp.ones((1, 4))).values())  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(total))(zeros)
+    assert float(value) == 0 and np.isfinite(gradient).all()
