@@ -22,7 +22,7 @@ Sums = dict[str, tuple[Array, Array]]  # metric -> (sum, count)
 
 @dataclass(frozen=True)
 class Stage:
-    """`loss(student, teacher, batch, cfg)` is (sum, count, metrics), differentiated as sum / count."""
+    """`loss(student, teacher, batch, cfg) -> (sum, count, metrics)`, minimised as sum / count."""
 
     loss: Callable[[Model, Model | None, Batch, StageConfig], tuple[Array, Array, Sums]]
     trains: Callable[[str, StageConfig], bool]
