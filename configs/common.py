@@ -12,7 +12,6 @@ from hydrajax.typing import UserError
 def base(preset: str = "default") -> ConfigDict:
     """Every field of RunConfig with its default, changed by a preset."""
     config = to_config_dict(RunConfig(stage="align"))
-    config.preset = preset
     for section, values in preset_values(preset).items():
         config[section].update(values)
     return config

@@ -288,7 +288,6 @@ class RunConfig:
     parent: str = ""  # run to start from; empty: teacher + heads -> transplant
     teacher: str = ""  # imported or pretrained teacher folder
     heads: str = ""  # heads.json of a selection
-    preset: str = "default"  # default | paper | halo | safe: base of hydra, select and train flags
     tokenizer: str = ""  # tokenizer.json or "bytes"; empty: the teacher's
     seed: int = 0
     model: ModelConfig | None = None  # pretrain only: the model to make
@@ -303,7 +302,6 @@ class RunConfig:
 
     def __post_init__(self):
         one_of("config", "stage", self.stage, STAGES)
-        one_of("config", "preset", self.preset, tuple(HYDRA_PRESETS))
         if self.data.rows % self.train.accum:
             raise UserError(
                 f"train.accum={self.train.accum} does not divide data.rows={self.data.rows}."

@@ -5,6 +5,7 @@ log interval, and every way out either saved or says why it could not.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,13 +49,13 @@ def run_loop(loop: Loop, state: TrainState, teacher_params: dict) -> TrainState:
     tokens_per_step = loop.programs.run.data.rows * loop.programs.run.data.seq_len
     chrono, pending, skipped = Chrono(), [], 0
     step = saved = int(state.step)
-    trace = _profile_window(cfg.profile)
+    profile = Profile(cfg.profile, loop.writer.folder)
 
     with Preemption() as preemption:
         while step < cfg.steps:
             with chrono.waiting():
                 batch = place_batch(loop.mesh, next(loop.pipeline))
-            _trace(trace, step, loop.writer)
+            profile.before(step)
             with jax.transfer_guard("disallow"):
                 state, metrics = step_fn(state, teacher_params, batch)
             step += 1
@@ -73,6 +74,7 @@ def run_loop(loop: Loop, state: TrainState, teacher_params: dict) -> TrainState:
                 saved = step
             if leaving:
                 break
+        profile.stop()
         if step > saved:
             _save(loop, step, state)
         if step == cfg.steps:
@@ -97,11 +99,12 @@ def _log(loop: Loop, chrono: Chrono, step: int, pending: list, skipped: int) -> 
         out["perf/mfu"] = share
     out["train/lr"] = float(loop.programs.learning_rate(step - 1))
     loop.writer.log(step, out)
-    bad = int(values["nonfinite"])
-    if not bad:
-        return 0
-    skipped += bad
-    if cfg.train.on_nonfinite == "abort" or skipped >= SKIPS_ALLOWED:
+    bad, longest = 0, 0
+    for flag in jax.device_get([metrics["nonfinite"][0] for metrics in pending]):
+        bad += int(flag)
+        skipped = skipped + 1 if flag else 0
+        longest = max(longest, skipped)
+    if bad and (cfg.train.on_nonfinite == "abort" or longest >= SKIPS_ALLOWED):
         loop.store.close()
         raise UserError(
             f"{bad} of the last {len(pending)} steps before step {step} had a gradient that is not "
@@ -141,11 +144,22 @@ def _profile_window(text: str) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
-def _trace(window: tuple[int, int] | None, step: int, writer: MetricWriter) -> None:
-    """Start and stop the profiler around the chosen steps."""
-    if window is None:
-        return
-    if step == window[0]:
-        jax.profiler.start_trace(str(writer.folder / "profile"))
-    if step == window[1]:
-        jax.profiler.stop_trace()
+class Profile:
+    """Traces the steps of a window "10:13"; a run that ends inside it still writes its trace."""
+
+    def __init__(self, window: str, folder: Path):
+        self.window, self.folder, self.running = _profile_window(window), folder, False
+
+    def before(self, step: int) -> None:
+        if self.window is None:
+            return
+        if not self.running and step in range(*self.window):
+            jax.profiler.start_trace(str(self.folder / "profile"))
+            self.running = True
+        if step == self.window[1]:
+            self.stop()
+
+    def stop(self) -> None:
+        if self.running:
+            jax.profiler.stop_trace()
+            self.running = False

@@ -71,6 +71,24 @@ def alignment(
     }
 
 
+def branch_stats(
+    branches: tuple[tuple | None, tuple | None], weights: Float[Array, "B T"]
+) -> dict[str, Array]:
+    """Sums over tokens, for the log: mean square of each branch's outputs, mean of its gate z.
+
+    In deep layers GDN outputs outgrow FA outputs (6.2x in RMS, HydraHead §1.4): watch the ratio.
+    """
+    out = {}
+    for name, branch in zip(("fa", "la"), branches, strict=True):
+        if branch is None:
+            continue
+        o, z = (None if a is None else a.astype(jnp.float32) for a in branch)
+        out[f"power_{name}"] = jnp.sum(weights * jnp.mean(o * o, axis=(2, 3)))
+        if z is not None:
+            out[f"z_{name}"] = jnp.sum(weights * jnp.mean(z, axis=(2, 3)))
+    return jax.lax.stop_gradient(out)
+
+
 def sum_over_chunks(fn: Callable[..., Array], arrays: tuple[Array, ...], chunk: int) -> Array:
     """Sum of fn over pieces of the token axis, about `chunk` tokens of all rows at a time.
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hydrajax.config import StageConfig
-from hydrajax.losses import alignment, chunked_ce, chunked_kl, next_tokens
+from hydrajax.losses import alignment, branch_stats, chunked_ce, chunked_kl, next_tokens
 from hydrajax.model import REMAT, Model
 from hydrajax.typing import Array
 
@@ -39,16 +39,22 @@ def align(student: Model, teacher: Model, batch: Batch, cfg: StageConfig):
     )
     count, loss, metrics = jnp.sum(weights), 0.0, {}
     for l, block in enumerate(student.layers):
-        attn = lambda x, b=block: b.attn(x, seq)[0]  # noqa: E731
+
+        def attend(x, attn=block.attn):
+            branches = attn.branches(x, seq)
+            return attn.mix(x, *branches)[0], branch_stats(branches, weights)
+
         if cfg.remat != "none":
-            attn = jax.checkpoint(attn, policy=REMAT[cfg.remat])
+            attend = jax.checkpoint(attend, policy=REMAT[cfg.remat])
         with jax.named_scope(f"layer_{l}"):
-            sums = alignment(attn(taps.attn_in[l]), taps.attn_out[l], weights)
+            y, stats = attend(taps.attn_in[l])
+            sums = alignment(y, taps.attn_out[l], weights)
         relative = sums["error"] / jnp.maximum(sums["power"], 1e-12)
         # rel_mse divides by the batch's power, so a sum over tokens is restored by the count.
         loss += sums["error"] if cfg.align_loss == "mse" else relative * count
         metrics[f"align/layer_{l:02d}/rel_mse"] = (sums["error"], sums["power"])
         metrics[f"align/layer_{l:02d}/cosine"] = (sums["cosine"], count)
+        metrics |= {f"align/layer_{l:02d}/{name}": (total, count) for name, total in stats.items()}
     loss = loss / len(student.layers)
     return loss, count, {"loss": (loss, count)} | metrics
 

@@ -20,7 +20,8 @@ from hydrajax.transplant import Teacher, transplant
 from hydrajax.typing import Params, UserError
 
 # What may change between a run and its resumption: nothing that alters the loss curve.
-FREE_ON_RESUME = ("train.log_every", "train.eval_every", "train.save_every", "train.keep",
+FREE_ON_RESUME = (
+    "out","train.log_every", "train.eval_every", "train.save_every", "train.keep",
                   "train.profile", "train.tensorboard", "data.workers", "mesh.", "kernels.",
                   "select.", "eval.")  # fmt: skip
 

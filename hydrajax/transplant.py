@@ -75,7 +75,7 @@ def transplant(
     for l in range(plan.num_layers):
         params |= _fresh(f"layers.{l}.attn", params, teacher, hydra, plan.layer(l), rng)
     if hydra.gdn_init == "taylor" and batches:
-        params |= _taylor(teacher, plan, batches[0])
+        params |= _taylor(teacher, hydra, plan, batches[0])
     params |= _gamma(teacher, graphdef, params, hydra, plan, batches)
     return params, Report(**counts)
 
@@ -173,7 +173,9 @@ def inverse_softplus(y: np.ndarray) -> np.ndarray:
     return y + np.log(-np.expm1(-y))
 
 
-def _taylor(teacher: Teacher, plan: HeadPlan, batch: dict[str, np.ndarray]) -> Params:
+def _taylor(
+    teacher: Teacher, hydra: HydraConfig, plan: HeadPlan, batch: dict[str, np.ndarray]
+) -> Params:
     """Decay from each head's mean look-back distance, write strength from its entropy.
 
     A head that looks back d tokens on average gets a half-life of d: g = -ln 2 / d. A head with
@@ -190,6 +192,7 @@ def _taylor(teacher: Teacher, plan: HeadPlan, batch: dict[str, np.ndarray]) -> P
             continue
         decay = np.clip(math.log(2) / np.maximum(distance[l, la], MIN_LOOK_BACK), *DECAY_RANGE)
         beta = 0.3 + 0.4 * (1 - entropy[l, la])
+        beta = beta / 2 if hydra.neg_eigval else beta  # the layer doubles its sigmoid then
         prefix = f"layers.{l}.attn.la"
         out |= {
             f"{prefix}.a_log": np.zeros(len(la)),

@@ -81,7 +81,6 @@ optim.warmup_steps
 optim.weight_decay
 out
 parent
-preset
 seed
 select.alloc
 select.answer_prefix
@@ -165,7 +164,6 @@ def test_round_trips_through_json_values_and_config_dict():
         ("train", dict(accum=True), r"config\.train\.accum: expected int, got True"),
         ("data", dict(files="a"), r"config\.data\.files: expected tuple, got 'a'"),
         ("config", dict(stage="tune"), r"config\.stage='tune' is unknown; choose one of pretrain"),
-        ("config", dict(preset="best"), r"config\.preset='best' is unknown"),
         ("config", dict(stage="pretrain"), r"config\.model is for stage=pretrain, and only there"),
         ("config", dict(model=MODEL), r"config\.model is for stage=pretrain, and only there"),
         ("hydra", dict(fa_pos="alibi"), r"hydra\.fa_pos='alibi' is unknown"),
@@ -289,4 +287,4 @@ def test_every_knob_has_a_reader():
     unread = {f"{c.__name__}.{f.name}" for c in sections for f in dataclasses.fields(c)
               if f.name not in read}  # fmt: skip
     # What a file was built from; its flags are already in the sections.
-    assert unread == {"RunConfig.preset"}
+    assert unread == set()

@@ -10,7 +10,7 @@ from configs.qwen3_1p7b.model import FAMILY, stage
 
 
 def get_config(argument: str | None = None):
-    options = common.variants(argument, arm="causal", smoke="")
+    options = common.variants(argument, arm="causal", smoke="", preset="paper")
     config = stage("distill", options)
     config.parent = common.run_dir(FAMILY, options["arm"], "align")
     config.data.seq_len, config.data.rows = 512, 96

@@ -10,7 +10,7 @@ from configs.qwen3_1p7b.model import FAMILY, stage
 
 
 def get_config(argument: str | None = None):
-    options = common.variants(argument, arm="causal", smoke="")
+    options = common.variants(argument, arm="causal", smoke="", preset="paper")
     config = stage("extend", options)
     config.parent = common.run_dir(FAMILY, options["arm"], "distill")
     config.data.seq_len, config.data.rows, config.train.accum = 16_384, 128, 16

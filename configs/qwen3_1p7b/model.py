@@ -16,7 +16,7 @@ TEXT = "corpora/qwen3.tokens"
 
 def stage(name: str, options: dict[str, str]):
     """What the Qwen3 stages share. The mesh is for 8 devices; widen fsdp for a pod."""
-    config = common.base("paper")
+    config = common.base(options["preset"])
     config.stage = name
     config.teacher = TEACHER
     config.out = common.run_dir(FAMILY, options["arm"], name)

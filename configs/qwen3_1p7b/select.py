@@ -10,8 +10,8 @@ from configs.qwen3_1p7b.model import FAMILY, TEACHER
 
 
 def get_config(argument: str | None = None):
-    options = common.variants(argument, arm="causal", smoke="")
-    config = common.base("paper")
+    options = common.variants(argument, arm="causal", smoke="", preset="paper")
+    config = common.base(options["preset"])
     config.teacher = TEACHER
     config.out = common.run_dir(FAMILY, options["arm"], "select")
     config.select.context = 4096

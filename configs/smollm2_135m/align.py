@@ -8,7 +8,7 @@ from configs.smollm2_135m.model import FAMILY, stage
 
 
 def get_config(argument: str | None = None):
-    options = common.variants(argument, arm="causal", smoke="")
+    options = common.variants(argument, arm="causal", smoke="", preset="safe")
     config = stage("align", options)
     config.heads = common.run_dir(FAMILY, options["arm"], "select/heads.json")
     config.train.steps = 150

@@ -8,7 +8,7 @@ from configs.smollm2_135m.model import FAMILY, stage
 
 
 def get_config(argument: str | None = None):
-    options = common.variants(argument, arm="causal", smoke="")
+    options = common.variants(argument, arm="causal", smoke="", preset="safe")
     config = stage("extend", options)
     config.parent = common.run_dir(FAMILY, options["arm"], "distill")
     config.data.seq_len = 2048

@@ -16,7 +16,7 @@ TEXT = "corpora/smollm2.tokens"
 
 def stage(name: str, options: dict[str, str]):
     """What the SmolLM2 stages share."""
-    config = common.base("safe")
+    config = common.base(options["preset"])
     config.stage = name
     config.teacher = TEACHER
     config.out = common.run_dir(FAMILY, options["arm"], name)

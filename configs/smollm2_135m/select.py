@@ -10,8 +10,8 @@ from configs.smollm2_135m.model import FAMILY, TEACHER
 
 
 def get_config(argument: str | None = None):
-    options = common.variants(argument, arm="causal", smoke="")
-    config = common.base("safe")
+    options = common.variants(argument, arm="causal", smoke="", preset="safe")
+    config = common.base(options["preset"])
     config.teacher = TEACHER
     config.out = common.run_dir(FAMILY, options["arm"], "select")
     config.select.context = 1024

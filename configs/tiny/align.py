@@ -8,7 +8,7 @@ from configs.tiny.model import stage
 
 
 def get_config(argument: str | None = None):
-    options = common.variants(argument, arm="causal")
+    options = common.variants(argument, arm="causal", preset="safe")
     config = stage("align", options)
     config.heads = common.run_dir("tiny", options["arm"], "select/heads.json")
     config.train.steps = 50

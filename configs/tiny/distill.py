@@ -8,7 +8,7 @@ from configs.tiny.model import stage
 
 
 def get_config(argument: str | None = None):
-    options = common.variants(argument, arm="causal")
+    options = common.variants(argument, arm="causal", preset="safe")
     config = stage("distill", options)
     config.parent = common.run_dir("tiny", options["arm"], "align")
     config.train.steps = 30

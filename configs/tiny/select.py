@@ -10,8 +10,8 @@ from configs.tiny.model import FAMILY, TEACHER
 
 
 def get_config(argument: str | None = None):
-    options = common.variants(argument, arm="causal")
-    config = common.base("safe")
+    options = common.variants(argument, arm="causal", preset="safe")
+    config = common.base(options["preset"])
     config.teacher = TEACHER
     config.out = common.run_dir(FAMILY, options["arm"], "select")
     config.select.probes = ("recall",)
