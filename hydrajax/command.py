@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from hydrajax.typing import UserError
 
@@ -19,7 +19,19 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         main(argv)
 
     try:
-        app.run(quiet)  # config files run while flags are parsed: their errors end here too
+        app.run(quiet, flags_parser=_parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Flags, config file and overrides; what they say of a mistake becomes one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            _ = flags.FLAGS.config.stage  # a file that failed to load says so only when read
+        return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+        said = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
+        raise UserError(f"command line: {said}") from error

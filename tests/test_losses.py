@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydrajax.losses import alignment, chunked_ce, chunked_kl, next_tokens, sum_over_chunks
+from hydrajax.losses import (
+    alignment,
+    branch_stats,
+    chunked_ce,
+    chunked_kl,
+    next_tokens,
+    sum_over_chunks,
+)
 
 B, T, D, V = 3, 12, 8, 20
 RNG = np.random.default_rng(0)
@@ -129,3 +136,16 @@ def test_alignment_of_zeros_is_finite():
     total = lambda y: sum(alignment(y, zeros, jnp.ones((1, 4))).values())  # noqa: E731
     value, gradient = jax.jit(jax.value_and_grad(total))(zeros)
     assert float(value) == 0 and np.isfinite(gradient).all()
+
+
+def test_branch_stats_are_token_sums_without_gradient():
+    rng = np.random.default_rng(0)
+    o, z = rng.standard_normal((2, 2, 3, 4, 5)).astype("f4")
+    weights = np.array([[1, 1, 0], [1, 0, 0]], "f4")
+    stats = branch_stats(((jnp.asarray(o), None), (jnp.asarray(o), jnp.asarray(z))), weights)
+    power = (weights * np.square(o.astype("f8")).mean((2, 3))).sum()
+    assert stats.keys() == {"power_fa", "power_la", "z_la"}
+    np.testing.assert_allclose(stats["power_fa"], power, rtol=1e-5)
+    np.testing.assert_allclose(stats["z_la"], (weights * z.mean((2, 3))).sum(), rtol=1e-5)
+    grad = jax.grad(lambda o: branch_stats((None, (o, None)), weights)["power_la"])(jnp.asarray(o))
+    np.testing.assert_array_equal(grad, 0)
