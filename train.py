@@ -36,6 +36,8 @@ HOLDOUT_ROWS = 64  # of the loss at the end of a run and every eval_every steps
 
 
 def main(argv: list[str]) -> None:
+    if argv[1:]:
+        raise UserError(f"leftover arguments {argv[1:]}; options are --config.train.steps=100.")
     cfg = RunConfig.from_dict(CONFIG.value)
     if not cfg.out:
         raise UserError("config.out is empty; name the run's folder.")
@@ -115,15 +117,25 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     loop = Loop(
         programs, mesh, places, pipeline, store, writer,
-        holdout=eval_rows(
-            cfg.data, tokenizer, HOLDOUT_ROWS, process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
+        holdout=holdout_batches(cfg, tokenizer),
         flops_per_token=train_flops_per_token(start.model, start.plan, cfg.data.seq_len, cfg.stage),
     )  # fmt: skip
     with jax.set_mesh(mesh):
         run_loop(loop, state, teacher_params)
     say(f"done: {cfg.out}")
+
+
+def holdout_batches(cfg: RunConfig, tokenizer) -> list[dict]:
+    """Held-out rows in micro-batches; none when the text keeps none back."""
+    if cfg.data.files and not cfg.data.holdout:
+        return []
+    return eval_rows(
+        replace(cfg.data, rows=cfg.data.rows // cfg.train.accum),
+        tokenizer,
+        HOLDOUT_ROWS,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 def load_teacher(cfg: RunConfig, mesh, dtype):

@@ -39,6 +39,8 @@ def set_arm(config: ConfigDict, arm: str) -> None:
         config.select.scorer = config.select.alloc = "layerwise"
     elif arm in ("random", "fixed"):
         config.select.scorer = arm
+        if config.select.alloc == "layerwise":  # preset halo
+            config.select.alloc = "global_c"
     elif arm != "causal":
         raise UserError(f"arm {arm!r} is unknown; choose causal, random, fixed or layerwise.")
 
@@ -52,7 +54,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     for name in ("out", "parent", "heads"):
         config[name] = config[name].replace("runs/", "runs/smoke/", 1)
     config.teacher = config.out.rsplit("/", 2)[0] + "/teacher"
-    config.select.scorer = "random"
+    config.select.scorer, config.select.alloc = "random", "global_c"
     config.train.steps, config.train.log_every = 4, 1
     config.train.calibration_tokens, config.data.workers = 1024, 0
     config.mesh.data, config.mesh.fsdp = -1, 1

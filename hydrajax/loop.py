@@ -108,9 +108,9 @@ def _log(loop: Loop, chrono: Chrono, step: int, pending: list, skipped: int) -> 
         loop.store.close()
         raise UserError(
             f"{bad} of the last {len(pending)} steps before step {step} had a gradient that is not "
-            f"finite; parameters are those before them. Last checkpoint: step "
-            f"{loop.store.newest_valid()} of {cfg.out}. Lower optim.peak_lr, or set "
-            "train.on_nonfinite=skip."
+            f"finite; their updates were not applied. Last checkpoint: step "
+            f"{loop.store.newest_valid()} of {cfg.out}. Set train.on_nonfinite=skip to go on, or "
+            "start in a new config.out with a lower optim.peak_lr."
         )
     return skipped
 

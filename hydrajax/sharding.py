@@ -41,6 +41,11 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
             f"mesh data={cfg.data}, fsdp={cfg.fsdp}, model={cfg.model} does not fit {count} "
             "devices."
         )
+    if jax.process_count() > 1 and jax.local_device_count() % sizes[2]:
+        raise UserError(
+            f"mesh.model={sizes[2]} spans processes of {jax.local_device_count()} devices, which "
+            "would then read different rows; choose a divisor of that."
+        )
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 

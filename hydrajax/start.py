@@ -21,9 +21,10 @@ from hydrajax.typing import Params, UserError
 
 # What may change between a run and its resumption: nothing that alters the loss curve.
 FREE_ON_RESUME = (
-    "out","train.log_every", "train.eval_every", "train.save_every", "train.keep",
-                  "train.profile", "train.tensorboard", "data.workers", "mesh.", "kernels.",
-                  "select.", "eval.")  # fmt: skip
+    "out", "train.log_every", "train.eval_every", "train.save_every", "train.keep",
+    "train.profile", "train.tensorboard", "train.on_nonfinite", "mesh.", "kernels.", "select.",
+    "eval.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ def find_start(
     if cfg.parent:
         run = load_run(cfg.parent)
         info, story = run.info, f"parent {cfg.parent}, step {run.step}"
+        planned = info.run["train"]["steps"] if info.run else run.step
+        if run.step < planned:
+            raise UserError(
+                f"{cfg.parent} stopped at step {run.step} of {planned}; run its command again to "
+                "finish it, then this one."
+            )
+        if cfg.hydra not in (HydraConfig(), info.hydra):
+            story += " (its hydra flags hold; this config's differ and are not read)"
         return Start(story, info.model, info.hydra, info.plan, run.params, parent=info.path)
     if cfg.teacher and cfg.heads:
         return _from_teacher(cfg, calibration())

@@ -236,7 +236,8 @@ def _gamma(teacher: Teacher, graphdef, params: Params, hydra: HydraConfig, plan:
     """
     paths = {l: f"layers.{l}.attn.fusion.gamma" for l in range(plan.num_layers)}
     paths = {l: path for l, path in paths.items() if path in params}
-    if not paths or hydra.gamma_init == "one":
+    measured = hydra.gamma_init in ("calibrated", "ols")
+    if not paths or hydra.gamma_init == "one" or (measured and not batches):
         return {}
     heads = {
         l: plan.layer(l).la if hydra.fusion == "la_only_norm" else range(plan.num_heads)
@@ -277,7 +278,9 @@ def _head_power(teacher: Model, student: Model, rows: dict[str, Array]) -> Array
     """Sums over tokens and dims of O_teacher^2, u^2 and O_teacher u: [3, L, N]."""
     inputs = {k: rows[k] for k in ("tokens", "segment_ids", "positions")}
     _, taps = teacher.hidden(**inputs, taps=("attn_in", "head_out"))
-    seq = student.sequence(rows["tokens"].shape, rows["segment_ids"], rows["positions"])
+    seq = student.sequence(
+        rows["tokens"].shape, rows["segment_ids"], rows["positions"], training=True
+    )
     weights = (rows["segment_ids"] > 0).astype(jnp.float32)
     out = []
     for block, x, target in zip(student.layers, taps.attn_in, taps.head_out, strict=True):

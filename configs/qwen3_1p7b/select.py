@@ -16,5 +16,7 @@ def get_config(argument: str | None = None):
     config.out = common.run_dir(FAMILY, options["arm"], "select")
     config.select.context = 4096
     config.select.rows = 2
+    if options["preset"] == "halo":
+        config.select.layers = (2, 3, 6, 8, 9, 21, 25)  # HALO's own choice for this teacher
     common.set_arm(config, options["arm"])
     return common.smoke(config) if options["smoke"] else config
