@@ -17,6 +17,14 @@ def base(preset: str = "default") -> ConfigDict:
     return config
 
 
+def stage(family: str, teacher: str, name: str, options: dict[str, str]) -> ConfigDict:
+    """A stage of one arm of a road: preset, teacher and folder, before the family's own facts."""
+    config = base(options["preset"])
+    config.stage, config.teacher = name, teacher
+    config.out = run_dir(family, options["arm"], name)
+    return config
+
+
 def variants(argument: str | None, **known: str) -> dict[str, str]:
     """Options after the colon; `known` are names with their defaults, "" for switches."""
     out = dict(known)

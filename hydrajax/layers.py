@@ -49,9 +49,8 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, cfg: ModelConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         d, f = cfg.width, cfg.mlp_width
-        self.dtype = dtype
         self.w_gate = weight(rngs, (d, f), ("width", "mlp"))
         self.w_up = weight(rngs, (d, f), ("width", "mlp"))
         self.w_down = weight(rngs, (f, d), ("mlp", "width"))

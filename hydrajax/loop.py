@@ -65,7 +65,7 @@ def run_loop(loop: Loop, state: TrainState, teacher_params: dict) -> TrainState:
             if step % cfg.log_every == 0 or step == cfg.steps or leaving:
                 skipped = _log(loop, chrono, step, pending, skipped)
                 pending = []
-            if cfg.eval_every and step % cfg.eval_every == 0:
+            if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
                 with chrono.paused():
                     _evaluate(loop, eval_fn, state, teacher_params, step)
             if leaving or (cfg.save_every and step % cfg.save_every == 0):

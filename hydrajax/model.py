@@ -49,11 +49,11 @@ jax.tree_util.register_dataclass(Taps, list(TAPS), [])
 class Block(nnx.Module):
     """x + attn(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, cfg: ModelConfig, attn: HydraAttention, dtype, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, attn: HydraAttention, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.attn = attn
         self.mlp_norm = RMSNorm(cfg.width, cfg.norm_eps)
-        self.mlp = SwiGLU(cfg, dtype, rngs)
+        self.mlp = SwiGLU(cfg, rngs)
 
     def __call__(self, x: Float[Array, "B T D"], seq: Sequence) -> tuple[Array, dict[str, Array]]:
         """The block's output and everything that can be tapped."""
@@ -91,7 +91,7 @@ class Model(nnx.Module):
         self.embed = Embedding(cfg, dtype, rngs)
         self.layers = nnx.List(
             [
-                Block(cfg, HydraAttention(cfg, hydra, plan.layer(l), l, kernels, rngs), dtype, rngs)
+                Block(cfg, HydraAttention(cfg, hydra, plan.layer(l), l, kernels, rngs), rngs)
                 for l in range(cfg.num_layers)
             ]
         )

@@ -59,19 +59,17 @@ def make_train_step(programs: Programs):
         trained = programs.trainable(state.params)
         frozen = {path: p for path, p in state.params.items() if path not in trained}
 
-        def micro(carry, rows):
+        def sums_of(rows):
             (_, (count, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
                 trained, frozen, teacher_params, rows
             )
-            return jax.tree.map(jnp.add, carry, (grads, count, metrics)), None
+            return grads, count, metrics
 
         first, rest = _split_rows(batch, cfg.accum)
-        (_, (count, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
-            trained, frozen, teacher_params, first
-        )
-        sums = (grads, count, metrics)
+        sums = sums_of(first)
         if cfg.accum > 1:
-            sums, _ = jax.lax.scan(micro, sums, rest)
+            add = lambda total, rows: (jax.tree.map(jnp.add, total, sums_of(rows)), None)  # noqa: E731
+            sums, _ = jax.lax.scan(add, sums, rest)
         grads, count, metrics = sums
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
 

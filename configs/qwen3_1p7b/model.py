@@ -16,10 +16,7 @@ TEXT = "corpora/qwen3.tokens"
 
 def stage(name: str, options: dict[str, str]):
     """What the Qwen3 stages share. The mesh is for 8 devices; widen fsdp for a pod."""
-    config = common.base(options["preset"])
-    config.stage = name
-    config.teacher = TEACHER
-    config.out = common.run_dir(FAMILY, options["arm"], name)
+    config = common.stage(FAMILY, TEACHER, name, options)
     config.data.files = (TEXT,)
     config.data.workers = 4
     config.train.save_every = 500

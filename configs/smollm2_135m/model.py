@@ -16,10 +16,7 @@ TEXT = "corpora/smollm2.tokens"
 
 def stage(name: str, options: dict[str, str]):
     """What the SmolLM2 stages share."""
-    config = common.base(options["preset"])
-    config.stage = name
-    config.teacher = TEACHER
-    config.out = common.run_dir(FAMILY, options["arm"], name)
+    config = common.stage(FAMILY, TEACHER, name, options)
     config.data.files = (TEXT,)
     config.data.synthetic = "needle_single_2"
     config.data.synthetic_share = 0.1

@@ -25,10 +25,7 @@ MODEL = ModelConfig(
 
 def stage(name: str, options: dict[str, str]):
     """What the tiny stages share: fp32 on CPU, rows of recall, loss on the answers."""
-    config = common.base(options["preset"])
-    config.stage = name
-    config.teacher = TEACHER
-    config.out = common.run_dir(FAMILY, options["arm"], name)
+    config = common.stage(FAMILY, TEACHER, name, options)
     config.data.synthetic = "recall"
     config.data.synthetic_share = 1.0
     config.data.answer_only = True
