@@ -1,10 +1,11 @@
 """Losses of the stages. Every loss returns (sum, count): the host or the step divides, once.
 
-The vocabulary never meets a whole sequence: cross entropy and KL walk over chunks of tokens and
-recompute each chunk's logits in the backward pass (16K tokens x 49K words would be 3.2 GB).
+The vocabulary never meets a whole sequence: cross entropy and KL walk over chunks of tokens (16K
+tokens x 49K words would be 3.2 GB) and take each chunk's gradients while its logits are there.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -92,18 +93,44 @@ def branch_stats(
 def sum_over_chunks(fn: Callable[..., Array], arrays: tuple[Array, ...], chunk: int) -> Array:
     """Sum of fn over pieces of the token axis, about `chunk` tokens of all rows at a time.
 
-    Pieces are cut from the token axis and not from flattened rows: rows stay where they are
+    Gradients flow to arrays[0] and to what fn closes over (the unembedding); the other arrays are
+    data. Pieces are cut from the token axis and not from flattened rows: rows stay where they are
     sharded.
     """
     batch, length = arrays[0].shape[:2]
     piece = next(t for t in range(min(length, max(1, chunk // batch)), 0, -1) if length % t == 0)
-    split = [
+    x, *data = (
         jnp.moveaxis(a.reshape(batch, length // piece, piece, *a.shape[2:]), 1, 0) for a in arrays
-    ]
+    )
+    fn, weights = jax.closure_convert(fn, *(a[0] for a in (x, *data)))
+    return _sum_over_pieces(fn, x, tuple(data), tuple(weights))
 
-    @jax.checkpoint
-    def body(total: Array, pieces: list[Array]) -> tuple[Array, None]:
-        return total + fn(*pieces), None
 
-    total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), split)
-    return total
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_over_pieces(fn: Callable[..., Array], x: Array, data: tuple, weights: tuple) -> Array:
+    def body(total: Array, pieces: tuple) -> tuple[Array, None]:
+        return total + fn(*pieces, *weights), None
+
+    return jax.lax.scan(body, jnp.zeros((), jnp.float32), (x, *data))[0]
+
+
+def _sum_and_gradients(fn, x: Array, data: tuple, weights: tuple):
+    """Gradients now, not in the backward pass: that would compute all logits once more."""
+
+    def body(carry: tuple, pieces: tuple) -> tuple[tuple, Array]:
+        total, by_weights = carry
+        at = lambda x, weights: fn(x, *pieces[1:], *weights)  # noqa: E731
+        value, (by_x, more) = jax.value_and_grad(at, argnums=(0, 1))(pieces[0], weights)
+        return (total + value, jax.tree.map(jnp.add, by_weights, more)), by_x
+
+    start = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, weights)
+    (total, by_weights), by_x = jax.lax.scan(body, start, (x, *data))
+    return total, (by_x, by_weights)
+
+
+def _scaled(fn, gradients, cotangent: Array):
+    by_x, by_weights = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
+    return by_x, None, by_weights
+
+
+_sum_over_pieces.defvjp(_sum_and_gradients, _scaled)
