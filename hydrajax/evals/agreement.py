@@ -14,12 +14,9 @@ from hydrajax.typing import UserError
 
 
 @partial(jax.jit, static_argnames=("graphdefs", "chunk"))
-def token_agreement(graphdefs: tuple, params: tuple, batch, chunk: int):
+def token_agreement(graphdefs: tuple, params: tuple, hidden: tuple, batch, chunk: int):
     """[B, T] each: KL(teacher || student) in nats, 1 where both prefer one token, weight."""
     teacher, student = (bind(g, p) for g, p in zip(graphdefs, params, strict=True))
-    inputs = {k: batch[k] for k in ("segment_ids", "positions")}
-    xt, _ = teacher.hidden(batch["tokens"], **inputs)
-    xs, _ = student.hidden(batch["tokens"], **inputs)
 
     def compare(xt_BtD, xs_BtD):
         log_p = jax.nn.log_softmax(teacher.logits(xt_BtD))
@@ -27,7 +24,7 @@ def token_agreement(graphdefs: tuple, params: tuple, batch, chunk: int):
         kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
         return kl, jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
 
-    return *over_chunks(compare, (xt, xs), chunk), next_tokens(batch)[1]
+    return *over_chunks(compare, hidden, chunk), next_tokens(batch)[1]
 
 
 def agreement(teacher: Subject, student: Subject, rows: HeldOut, chunk: int) -> dict:
@@ -41,7 +38,9 @@ def agreement(teacher: Subject, student: Subject, rows: HeldOut, chunk: int) -> 
     params = (teacher.params, student.params)
     kl, same, count = 0.0, 0.0, 0.0
     for batch in rows.batches:
-        out = token_agreement(graphdefs, params, batch, chunk)
+        inputs = [batch[k] for k in ("tokens", "segment_ids", "positions")]
+        hidden = teacher.hidden(*inputs), student.hidden(*inputs)
+        out = token_agreement(graphdefs, params, hidden, batch, chunk)
         kl_BT, same_BT, weights_BT = (np.asarray(x).astype(np.float64) for x in out)
         scored = weights_BT > 0
         kl += kl_BT[scored].sum()

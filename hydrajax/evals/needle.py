@@ -85,16 +85,22 @@ def _batch(encoded: list, shape: tuple[int, int, int]) -> PromptBatch:
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
-def _argmax_at(graphdef, params, tokens_BT, segment_ids_BT, at_BP) -> Int[Array, "B P"]:
-    model = bind(graphdef, params)
-    x_BTD, _ = model.hidden(tokens_BT, segment_ids=segment_ids_BT)
+def _argmax_at(graphdef, params, x_BTD, at_BP) -> Int[Array, "B P"]:
     x_BPD = jnp.take_along_axis(x_BTD, at_BP[:, :, None], axis=1)
-    return jnp.argmax(model.logits(x_BPD), axis=-1)
+    return jnp.argmax(bind(graphdef, params).logits(x_BPD), axis=-1)
 
 
 def predictor(subject: Subject) -> Predict:
     """The model's own predictions."""
-    return lambda b: _argmax_at(subject.graphdef, subject.params, b.tokens, b.segment_ids, b.at)
+
+    def predict(batch: PromptBatch) -> Int[Array, "B P"]:
+        positions = np.broadcast_to(
+            np.arange(batch.tokens.shape[1], dtype=np.int32), batch.tokens.shape
+        )
+        x_BTD = subject.hidden(batch.tokens, batch.segment_ids, positions)
+        return _argmax_at(subject.graphdef, subject.params, x_BTD, batch.at)
+
+    return predict
 
 
 def score(said_BP: np.ndarray, answer_BP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

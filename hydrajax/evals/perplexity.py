@@ -60,13 +60,10 @@ def scored_bytes(batch: Batch, tokenizer: Tokenizer) -> int:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "chunk"))
-def token_nats(graphdef, params, batch, chunk: int):
-    """Cross entropy [B, T] of every next token, and its weight."""
+def token_nats(graphdef, params, x, batch, chunk: int):
+    """Cross entropy [B, T] of every next token, and its weight, from hidden states."""
     model = bind(graphdef, params)
     targets, weights = next_tokens(batch)
-    x, _ = model.hidden(
-        batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"]
-    )
 
     def nats(x_BtD, targets_Bt):
         logits = model.logits(x_BtD)
@@ -81,7 +78,9 @@ def perplexity(subject: Subject, rows: HeldOut, chunk: int) -> dict:
     bins = rows.length.bit_length()
     nats, count = np.zeros(bins), np.zeros(bins)  # float64, on the host
     for batch in rows.batches:
-        loss, weights = map(np.asarray, token_nats(subject.graphdef, subject.params, batch, chunk))
+        x = subject.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
+        found = token_nats(subject.graphdef, subject.params, x, batch, chunk)
+        loss, weights = map(np.asarray, found)
         weights = weights.astype(np.float64)
         at = np.log2(batch["positions"] + 1).astype(int).ravel()
         nats += np.bincount(at, (loss * weights).ravel(), bins)

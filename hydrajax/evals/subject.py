@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from flax import nnx
 from hydrajax.config import ModelConfig
 from hydrajax.head_plan import HeadPlan
 from hydrajax.model import Model, bind
-from hydrajax.typing import Array, Params
+from hydrajax.typing import Array, Float, Params
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,19 @@ class Subject:
     def plan(self) -> HeadPlan:
         return self._model.plan
 
+    def hidden(self, tokens, segment_ids, positions) -> Float[Array, "B T D"]:
+        """Hidden states; one program of the whole model serves every measurement of a shape."""
+        return _hidden(self.graphdef, self.params, tokens, segment_ids, positions)
+
     @property
     def _model(self) -> Model:
         return bind(self.graphdef, self.params)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _hidden(graphdef, params, tokens, segment_ids, positions) -> Float[Array, "B T D"]:
+    model = bind(graphdef, params)
+    return model.hidden(tokens, segment_ids=segment_ids, positions=positions)[0]
 
 
 def zero_la(subject: Subject) -> Subject:
