@@ -16,7 +16,15 @@ from flax import nnx
 from hydrajax.cache import KVCache
 from hydrajax.config import HydraConfig, KernelConfig, ModelConfig
 from hydrajax.head_plan import LayerPlan
-from hydrajax.layers import Sequence, apply_rope, constant, project, rms_norm, weight
+from hydrajax.layers import (
+    Sequence,
+    apply_rope,
+    constant,
+    project,
+    rms_norm,
+    take_heads,
+    weight,
+)
 from hydrajax.sharding import constrain
 from hydrajax.typing import Array, Float, Int
 from pallas_kernels import attention, attention_step
@@ -144,7 +152,7 @@ class FullHeads(nnx.Module):
         group, rest = divmod(len(self.kv_of), self.num_kv)
         if rest == 0 and self.kv_of == tuple(i // group for i in range(len(self.kv_of))):
             return k
-        return k[:, :, np.array(self.kv_of)]
+        return take_heads(k, self.kv_of)
 
 
 def _rope_dims(fa_pos: str, head_dim: int, no_rope: bool) -> int:

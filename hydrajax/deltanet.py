@@ -9,13 +9,20 @@ unit length, in this order. Gates, decay and state are fp32.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from hydrajax.cache import CONV_WIDTH, DeltaState
 from hydrajax.config import HydraConfig, KernelConfig, ModelConfig
 from hydrajax.head_plan import LayerPlan
-from hydrajax.layers import Sequence, apply_rope, constant, project, rms_norm, weight
+from hydrajax.layers import (
+    Sequence,
+    apply_rope,
+    constant,
+    project,
+    rms_norm,
+    take_heads,
+    weight,
+)
 from hydrajax.sharding import constrain
 from hydrajax.typing import Array, Float
 from pallas_kernels import (
@@ -188,7 +195,7 @@ class LinearHeads(nnx.Module):
 
     def _spread(self, k: Float[Array, "B T K H"]) -> Float[Array, "B T R H"]:
         """One key per LA head; shared KV heads (gqa) come in ragged groups, so they are copied."""
-        return k if self.kv_of is None else k[:, :, np.array(self.kv_of)]
+        return k if self.kv_of is None else take_heads(k, self.kv_of)
 
     def _activation(self) -> str | None:
         return "silu" if self.hydra.la_qkv_act == "silu" else None

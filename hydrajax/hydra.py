@@ -15,7 +15,7 @@ from hydrajax.cache import KVCache, LayerState
 from hydrajax.config import HydraConfig, KernelConfig, ModelConfig
 from hydrajax.deltanet import LinearHeads
 from hydrajax.head_plan import LayerPlan
-from hydrajax.layers import Sequence, constant, project, rms_norm, weight
+from hydrajax.layers import Sequence, constant, project, rms_norm, take_heads, weight
 from hydrajax.sharding import constrain
 from hydrajax.typing import Array, Float, Int
 
@@ -77,7 +77,7 @@ class Fusion(nnx.Module):
             )
         if len(parts) == 1:
             return parts[0]
-        return jnp.concatenate(parts, axis=2)[:, :, np.array(self.plan.restore)]
+        return take_heads(jnp.concatenate(parts, axis=2), self.plan.restore)
 
     def _gamma(self, share: Array | None, heads: tuple[int, ...]) -> Array | None:
         """[..., heads] scale of a branch: learned, or each token's share in the competition."""

@@ -76,7 +76,8 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.w[...].astype(self.dtype)[tokens]
+        # Looked up before the cast: the gradients of a frequent token add up in fp32.
+        return self.w[...][tokens].astype(self.dtype)
 
     def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits of tied embeddings, fp32."""
@@ -91,6 +92,14 @@ class Unembedding(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         w = self.w[...].astype(x.dtype)
         return jnp.einsum("...d,dv->...v", x, w, preferred_element_type=jnp.float32)
+
+
+def take_heads(x: Float[Array, "B T N H"], heads: tuple[int, ...]) -> Float[Array, "B T M H"]:
+    """x[:, :, heads] as joined slices: the gradient of a gather is a scatter, slow on GPUs."""
+    starts = [i for i in range(len(heads)) if i == 0 or heads[i] != heads[i - 1] + 1]
+    ends = [*starts[1:], len(heads)]
+    runs = [x[:, :, heads[a] : heads[a] + b - a] for a, b in zip(starts, ends, strict=True)]
+    return runs[0] if len(runs) == 1 else jnp.concatenate(runs, axis=2)
 
 
 @dataclass(frozen=True)
