@@ -1,7 +1,7 @@
 """The gated delta rule on NVIDIA Hopper: what it takes, and its forward in two Mosaic GPU kernels.
 
 `prepare` inverts I + A of all chunks at once, `recurrence` walks over the chunks of a head (letters
-and formulas: README). Mosaic GPU is imported where a kernel is built, since it comes with jax alone.
+and formulas: README). Mosaic GPU, not the same in every jax, is imported where a kernel is built.
 
     B batch   T tokens   K key heads   R value heads   Z chunks   C rows of a chunk
     H key dim   E value dim

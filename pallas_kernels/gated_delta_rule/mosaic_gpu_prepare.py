@@ -1,4 +1,4 @@
-"""The inverses of all chunks on Hopper, one block a chunk: A = beta tril(K K^T * D, -1), X = (I + A)^-1.
+"""The inverses of all chunks on Hopper, a block each: A = beta tril(K K^T * D, -1), X = (I + A)^-1.
 
 The block ladder of xla.py, with every level as two 64-row products on tensor cores:
 
