@@ -12,6 +12,7 @@ The sweep walks over the chunks of a head with the state's gradient, the rest is
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import KEEP, gate_rows, whole_chunks
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gradients import gradients
 from pallas_kernels.gated_delta_rule.mosaic_gpu_sweep import sweep
 
@@ -24,12 +25,12 @@ def backward(params, q, k, v, g, beta, runs, initial_state, t_inv, states, do, d
     del initial_state  # it is states[0]
     B, T, K, H = q.shape
     R, C = v.shape[2], params.config.chunk
-    gates = _gates(C, g, beta, runs)
-    q_, k_, v_, do_ = (_whole_chunks(x, C) for x in (q, k, v, do))
-    dstates, dr, dstate = sweep(params.scale, q_, k_, do_, gates, t_inv, dstate)
+    gates = gate_rows(C, g, beta, runs)
+    q_, k_, v_, do_ = (whole_chunks(x, C) for x in (q, k, v, do))
+    dstates, dr, dstate_t = sweep(params.scale, q_, k_, do_, gates, t_inv, dstate.mT)
     dq, dk, dv, sums = gradients(params.scale, q_, k_, v_, do_, gates, t_inv, states, dstates, dr)
     of_rows, of_columns, written, dbeta, kept = jnp.moveaxis(jnp.sum(sums, 3), 3, 0)
-    last = jnp.sum(written + gates[..., 5, :] * kept, -1, keepdims=True)
+    last = jnp.sum(written + gates[..., KEEP, :] * kept, -1, keepdims=True)
     dc = of_rows - of_columns - written
     dg = last + jax.lax.cumsum(dc, axis=3, reverse=True)
 
@@ -38,37 +39,7 @@ def backward(params, q, k, v, g, beta, runs, initial_state, t_inv, states, do, d
             x = jnp.sum(x.reshape(B, -1, K, R // K, H).astype(jnp.float32), 3).astype(x.dtype)
         return x[:, :T]
 
-    return summed(dq), summed(dk), dv[:, :T], _tokens(dg, T), _tokens(dbeta, T), dstate
-
-
-def _gates(C, g, beta, runs):
-    """Stack c, a, z, beta, the run numbers and y into the rows [Z,B,R,6,C] that the kernels read."""
-    g, beta = (_chunk_rows(x, C) for x in (g, beta))
-    c = jnp.cumsum(g, -1)
-    end = c[..., -1:]
-    a, z, y = c, end - c, jnp.broadcast_to(end, c.shape)
-    run = jnp.zeros_like(c)
-    if runs is not None:
-        run = _chunk_rows(runs[..., None].astype(c.dtype), C, "edge")
-        last = run[..., -1:]
-        before = jnp.concatenate([run[:1, ..., :1], last[:-1]])
-        # Exponents are masked, not the exponentials; exact as in xla.py.
-        a = jnp.where(run == before, a, -jnp.inf)
-        z = jnp.where(run == last, z, -jnp.inf)
-        y = jnp.where(last == before, y, -jnp.inf)
-        run = jnp.broadcast_to(run, c.shape)
-    return jnp.stack([c, jnp.exp(a), jnp.exp(z), beta, run, jnp.exp(y)], 3)
-
-
-def _chunk_rows(x, C, mode="constant"):
-    """[B,T,R] -> [Z,B,R,C]; added rows have g = 0 and beta = 0 and continue the last document."""
-    x = _whole_chunks(x, C, mode)
-    return x.reshape(x.shape[0], -1, C, x.shape[2]).transpose(1, 0, 3, 2)
-
-
-def _whole_chunks(x, C, mode="constant"):
-    rows = -x.shape[1] % C
-    return jnp.pad(x, ((0, 0), (0, rows), *((0, 0),) * (x.ndim - 2)), mode=mode) if rows else x
+    return summed(dq), summed(dk), dv[:, :T], _tokens(dg, T), _tokens(dbeta, T), dstate_t.mT
 
 
 def _tokens(x, T):

@@ -16,112 +16,96 @@ takes dP's, the last one dA's.
     H key dim = E value dim   W warpgroups, H / 64
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import BETA, CUMULATIVE, READ, RUN, WRITE
 from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     TILE,
-    by_row,
+    decay,
     indices,
     load,
-    load_column,
     load_row,
+    matrix,
     products,
-    tiles,
 )
 
-SUMS = 5
+# The sums: rowsum(E) + rowsum(Q * dQ1) + rowsum(K * dK2), colsum(E), rowsum(K * dK1), dbeta, all
+# by rows of the chunk, and <S, dS+> by rows of S.
+OF_ROWS, OF_COLUMNS, WRITTEN, DBETA, KEPT = range(5)
 
 
 def gradients(scale, q, k, v, do, gates, t_inv, states, dstates, dr):
     """Return dq, dk, dv [B,Z*C,R,H] and fp32 sums [Z,B,R,W,5,C], each to be summed over W.
 
-    Arguments as in the sweep; dq and dk are per value head. The sums are, by rows of the chunk,
-    rowsum(E) + rowsum(Q * dQ1) + rowsum(K * dK2), colsum(E), rowsum(K * dK1) and dbeta; the last
-    one is <S, dS+> by rows of S.
+    Arguments as the sweep takes and leaves them; dq and dk are per value head.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     Z, B, R, rows, C = gates.shape
-    H, W, dtype = q.shape[3], q.shape[3] // TILE, q.dtype
-    groups = R // q.shape[2]
+    H, dtype = q.shape[3], q.dtype
+    W, groups = H // TILE, R // q.shape[2]
 
-    def body(q, k, v, do, gates, t_inv, states, dstates, dr, *refs):
-        dq, dk, dv, sums, *scratch = refs
-        q_s, k_s, v_s, do_s, dr_s, s_s, ds_s, t_s, dqk_s, y_s, gates_s, sums_s, *sync = scratch
-        full, met = sync
+    def body(q, k, v, do, gates, t_inv, states, dstates, dr, dq, dk, dv, sums, *scratch):
+        read_s, (dqk_s, y_s, all_sums_s), (full, met) = scratch
+        q_s, k_s, v_s, do_s, gates_s, t_s, s_s, ds_s, dr_s = read_s
         z, b, r, w = (jax.lax.axis_index(n) for n in ("chunk", "batch", "head", "columns"))
-        key_head = jax.lax.div(r, jnp.int32(groups))
-        tokens, parts = pl.ds(z * C, C), [pl.ds(i * TILE, TILE) for i in range(W)]
-
-        def copy(source, target):
-            plgpu.copy_gmem_to_smem(source, target, full)
+        own, sums_s = pl.ds(w * TILE, TILE), all_sums_s.at[w]
+        at, of_head = (b, pl.ds(z * C, C), r), (z, b, r)
+        at_key = (b, pl.ds(z * C, C), jax.lax.div(r, jnp.int32(groups)))
 
         @pl.when(w == 0)
         def _():
-            for i, part in enumerate(parts):
-                copy(k.at[b, tokens, key_head, part], k_s.at[i])
-                copy(q.at[b, tokens, key_head, part], q_s.at[i])
-                copy(v.at[b, tokens, r, part], v_s.at[i])
-                copy(do.at[b, tokens, r, part], do_s.at[i])
-                copy(dr.at[z, b, r, :, part], dr_s.at[i])
-                for j, other in enumerate(parts):
-                    copy(states.at[z, b, r, part, other], s_s.at[i, j])
-                    copy(dstates.at[z, b, r, part, other], ds_s.at[i, j])
-            copy(t_inv.at[z, b, r], t_s)
-            copy(gates.at[z, b, r], gates_s)
+            sources = [q.at[at_key], k.at[at_key], v.at[at], do.at[at]]
+            sources += [x.at[of_head] for x in (gates, t_inv, states, dstates, dr)]
+            for source, target in zip(sources, read_s, strict=True):
+                plgpu.copy_gmem_to_smem(source, target, full)
 
         def meet():
             plgpu.commit_smem()
             plgpu.barrier_arrive(met)
             plgpu.barrier_wait(met)
 
-        def decay():
-            i, j = indices()
-            seen = (i >= j) & (load_row(gates_s.at[4]) == load_column(gates_s.at[4]))
-            difference = load_row(gates_s.at[0]) - load_column(gates_s.at[0])
-            return jnp.exp(jnp.where(seen, difference, -jnp.inf))
-
-        def add_pairs(e, dbeta):
-            sums_s[w, 0] = jnp.sum(e, axis=1)
-            sums_s[w, 1] = jnp.sum(e, axis=0)
-            sums_s[w, 3] = dbeta
-
-        plgpu.barrier_wait(full)
-        (k_state,) = products([(k_s.at[i], s_s.at[i, w]) for i in range(W)])
-        rest = load(v_s.at[w]) - load_row(gates_s.at[1]) * k_state
-        dbeta = jnp.sum(load(dr_s.at[w]) * rest, axis=1)
-        v_s[w] = (load_row(gates_s.at[3]) * rest).astype(dtype)
-        plgpu.commit_smem()
-        (v_new,) = products([(t_s, v_s.at[w])])
-        v_s[w] = v_new.astype(dtype)
-        meet()
+        def correct():
+            """Replace V by V' and return rowsum(dR~ * R)."""
+            (k_state,) = products([(k_s, s_s.at[:, own])])
+            rest = load(v_s.at[:, own]) - load_row(gates_s.at[READ]) * k_state
+            v_s[:, own] = (load_row(gates_s.at[BETA]) * rest).astype(dtype)
+            plgpu.commit_smem()
+            (v_new,) = products([(t_s, v_s.at[:, own])])
+            v_s[:, own] = v_new.astype(dtype)
+            return jnp.sum(load(dr_s.at[:, own]) * rest, axis=1)
 
         def query_pairs():
-            dp, scores = products(
-                [(do_s.at[i], v_s.at[i].T) for i in range(W)],
-                [(q_s.at[i], k_s.at[i].T) for i in range(W)],
-            )
-            dqk = scale * dp * decay()
+            """Store s dP * D, return dP * P."""
+            dp, scores = products([(do_s, v_s.T)], [(q_s, k_s.T)])
+            dqk = scale * dp * decay(gates_s.at[CUMULATIVE], gates_s.at[RUN])
             dqk_s[...] = dqk.astype(dtype)
             return dqk * scores
 
         def key_pairs():
-            dr_v, pairs = products(
-                [(dr_s.at[i], v_s.at[i].T) for i in range(W)],
-                [(k_s.at[i], k_s.at[i].T) for i in range(W)],
-            )
+            """Store Y, return dA * A and rowsum(dA * B)."""
+            dr_v, pairs = products([(dr_s, v_s.T)], [(k_s, k_s.T)])
             i, j = indices()
-            da = jnp.where(i > j, -decay() * dr_v, 0.0)
-            y = load_row(gates_s.at[3]) * da
+            da = -decay(gates_s.at[CUMULATIVE], gates_s.at[RUN]) * dr_v
+            da = jnp.where(i > j, da, 0.0)
+            y = load_row(gates_s.at[BETA]) * da
             y_s[...] = y.astype(dtype)
             return y * pairs, jnp.sum(da * pairs, axis=1)
 
-        if W == 1:
-            e, of_pairs = key_pairs()
-            add_pairs(query_pairs() + e, dbeta + of_pairs)
-        else:
+        def add_pairs(e, dbeta):
+            sums_s[OF_ROWS] = jnp.sum(e, axis=1)
+            sums_s[OF_COLUMNS] = jnp.sum(e, axis=0)
+            sums_s[DBETA] = dbeta
+
+        def all_pairs(dbeta):
+            if W == 1:
+                e, of_pairs = key_pairs()
+                add_pairs(query_pairs() + e, dbeta + of_pairs)
+                return
 
             @pl.when(w == 0)
             def _():
@@ -132,65 +116,72 @@ def gradients(scale, q, k, v, do, gates, t_inv, states, dstates, dr):
                 e, of_pairs = key_pairs()
                 add_pairs(e, dbeta + of_pairs)
 
+        def of_queries():
+            """Return dQ and rowsum(Q * dQ1)."""
+            do_state, pairs = products([(do_s, s_s.at[own].T)], [(dqk_s, k_s.at[:, own])])
+            state = scale * load_row(gates_s.at[READ]) * do_state
+            return (state + pairs).astype(dtype), jnp.sum(load(q_s.at[:, own]) * state, axis=1)
+
+        def of_keys():
+            """Return dK and rowsum(K * dK2); store rowsum(K * dK1)."""
+            dr_state, v_dstate = products([(dr_s, s_s.at[own].T)], [(v_s, ds_s.at[:, own])])
+            read = -load_row(gates_s.at[READ]) * load_row(gates_s.at[BETA]) * dr_state
+            write = load_row(gates_s.at[WRITE]) * v_dstate
+            k_own = load(k_s.at[:, own])
+            sums_s[WRITTEN] = jnp.sum(k_own * write, axis=1)
+            of_rows = jnp.sum(k_own * read, axis=1)
+            k_own = k_s.at[:, own]
+            (pairs,) = products([(dqk_s.T, q_s.at[:, own]), (y_s, k_own), (y_s.T, k_own)])
+            return (read + write + pairs).astype(dtype), of_rows
+
+        plgpu.barrier_wait(full)
+        dbeta = correct()
         meet()
-        a, beta = load_row(gates_s.at[1]), load_row(gates_s.at[3])
-        (do_state,) = products([(do_s.at[i], s_s.at[w, i].T) for i in range(W)])
-        dq_state = scale * a * do_state
-        of_rows = jnp.sum(load(q_s.at[w]) * dq_state, axis=1)
-        (dqk_k,) = products([(dqk_s, k_s.at[w])])
-        dq_own = (dq_state + dqk_k).astype(dtype)
-
-        (dr_state,) = products([(dr_s.at[i], s_s.at[w, i].T) for i in range(W)])
-        dk_read = -a * beta * dr_state
-        of_rows = of_rows + jnp.sum(load(k_s.at[w]) * dk_read, axis=1)
-        sums_s[w, 0] = plgpu.load(sums_s.at[w, 0], layout=plgpu.Layout.WGMMA.reduce(1)) + of_rows
-        (v_dstate,) = products([(v_s.at[i], ds_s.at[w, i].T) for i in range(W)])
-        dk_write = load_row(gates_s.at[2]) * v_dstate
-        sums_s[w, 2] = jnp.sum(load(k_s.at[w]) * dk_write, axis=1)
-        pairs = [(dqk_s.T, q_s.at[w]), (y_s, k_s.at[w]), (y_s.T, k_s.at[w])]
-        (dk_pairs,) = products(pairs)
-        dk_own = (dk_read + dk_write + dk_pairs).astype(dtype)
-
-        kept = load(s_s.at[w, 0]) * load(ds_s.at[w, 0])
-        for i in range(1, W):
-            kept = kept + load(s_s.at[w, i]) * load(ds_s.at[w, i])
-        sums_s[w, 4] = jnp.sum(kept, axis=1)
-
+        all_pairs(dbeta)
+        parts = [pl.ds(i * TILE, TILE) for i in range(W)]
+        kept = [load(s_s.at[own, part]) * load(ds_s.at[part, own].T) for part in parts]
+        sums_s[KEPT] = jnp.sum(functools.reduce(jnp.add, kept), axis=1)
+        meet()
+        dq_own, of_queries_rows = of_queries()
+        dk_own, of_keys_rows = of_keys()
+        of_pairs = plgpu.load(sums_s.at[OF_ROWS], layout=plgpu.Layout.WGMMA.reduce(1))
+        sums_s[OF_ROWS] = of_pairs + of_queries_rows + of_keys_rows
         meet()  # all have read what the results overwrite
-        own = pl.ds(w * TILE, TILE)
-        do_s[w] = dq_own
-        v_s[w] = (
-            by_row(plgpu.load(gates_s.at[3], layout=plgpu.Layout.WGMMA.reduce(1)))
-            * load(dr_s.at[w])
-        ).astype(dtype)
-        dr_s[w] = dk_own
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(do_s.at[w], dq.at[b, tokens, r, own])
-        plgpu.copy_smem_to_gmem(dr_s.at[w], dk.at[b, tokens, r, own])
-        plgpu.copy_smem_to_gmem(v_s.at[w], dv.at[b, tokens, r, own])
-        plgpu.copy_smem_to_gmem(sums_s.at[w], sums.at[z, b, r, w])
-        plgpu.wait_smem_to_gmem(0)
+        v_s[:, own] = (load_row(gates_s.at[BETA]) * load(dr_s.at[:, own])).astype(dtype)
+        do_s[:, own] = dq_own
+        k_s[:, own] = dk_own
+        meet()
+
+        @pl.when(w == 0)
+        def _():
+            for result, target in ((do_s, dq), (k_s, dk), (v_s, dv)):
+                plgpu.copy_smem_to_gmem(result, target.at[at])
+            plgpu.copy_smem_to_gmem(all_sums_s, sums.at[of_head])
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     return plgpu.kernel(
         body,
         out_type=(
             *[jax.ShapeDtypeStruct((B, Z * C, R, H), dtype)] * 3,
-            jax.ShapeDtypeStruct((Z, B, R, W, SUMS, C), jnp.float32),
+            jax.ShapeDtypeStruct((Z, B, R, W, 5, C), jnp.float32),
         ),
-        scratch_types=(
-            *[tiles(dtype, W)] * 5,
-            *[tiles(dtype, W, W)] * 2,
-            *[tiles(dtype)] * 3,
-            plgpu.SMEM((rows, C), jnp.float32),
-            plgpu.SMEM((W, SUMS, C), jnp.float32),
-            plgpu.Barrier(num_arrivals=5 * W + 2 * W * W + 2),
-            plgpu.Barrier(num_arrivals=W),
-        ),
-        grid=(Z, B, R),
-        grid_names=("chunk", "batch", "head"),
+        scratch_types=[
+            [
+                *[matrix(dtype, C, H)] * 4,
+                plgpu.SMEM((rows, C), jnp.float32),
+                matrix(dtype, C, C),
+                *[matrix(dtype, H, H)] * 2,
+                matrix(dtype, C, H),
+            ],
+            [matrix(dtype, C, C), matrix(dtype, C, C), plgpu.SMEM((W, 5, C), jnp.float32)],
+            [plgpu.Barrier(num_arrivals=9), plgpu.Barrier(num_arrivals=W)],
+        ],
+        grid=(R, Z, B),
+        grid_names=("head", "chunk", "batch"),
         num_threads=W,
         thread_name="columns",
-        kernel_name="gated_delta_rule_gradients",
+        kernel_name="gdn_gradients",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),

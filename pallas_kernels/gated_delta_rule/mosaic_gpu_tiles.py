@@ -1,7 +1,7 @@
-"""What the Mosaic GPU kernels of the gated delta rule share: 64-row tiles and their products.
+"""What the backward kernels of the gated delta rule on Hopper share: operands, products, decays.
 
-Every matrix is a grid of [64, 64] tiles, the height of one wgmma and, in bf16, one row of the widest
-swizzle. A block's warpgroups take one column of tiles each.
+A warpgroup multiplies 64 rows at a time, so C = 64 rows of a chunk and 64 columns of a head are the
+unit of work, TILE.
 """
 
 import jax
@@ -10,21 +10,17 @@ import jax.numpy as jnp
 TILE = 64
 
 
-def tiles(dtype, *grid):
-    """Shared memory for a grid of tiles [*grid,64,64] in the layout that wgmma and TMA read."""
+def matrix(dtype, *shape):
+    """Shared memory for matrices in the layout that wgmma and TMA read."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     width = 128 // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((*grid, TILE, TILE), dtype, transforms=transforms)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def products(*sums):
-    """For every list of pairs return the fp32 sum of a @ b over it; all are in flight at once.
-
-    Operands are refs in shared memory and accumulators start at zero: the interpreter knows neither
-    operands in registers nor other initial values.
-    """
+    """For every list of pairs return the fp32 sum of a @ b over it; all are in flight at once."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -38,6 +34,13 @@ def products(*sums):
     return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
 
 
+def zeros(columns):
+    """A product's start."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.layout_cast(jnp.zeros((TILE, columns), jnp.float32), plgpu.Layout.WGMMA)
+
+
 def load(ref):
     """Read a tile into fp32 registers, laid out like a product."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -46,22 +49,19 @@ def load(ref):
 
 
 def load_row(ref):
-    """Read 64 numbers, one per row of a tile, and repeat them along it."""
+    """Read one number per row of a tile and repeat it along the row."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return by_row(plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)))
+    x = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
+    return jax.lax.broadcast_in_dim(x, (TILE, TILE), [0])
 
 
 def load_column(ref):
-    """Read 64 numbers, one per column of a tile, and repeat them along it."""
+    """Read one number per column of a tile and repeat it along the column."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     x = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0))
     return jax.lax.broadcast_in_dim(x, (TILE, TILE), [1])
-
-
-def by_row(x):
-    return jax.lax.broadcast_in_dim(x, (TILE, TILE), [0])
 
 
 def indices():
@@ -72,3 +72,10 @@ def indices():
         return plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=plgpu.Layout.WGMMA)
 
     return along(0), along(1)
+
+
+def decay(cumulative, run):
+    """D: exp(c_i - c_j) for i >= j inside a document, else 0; masked before exp."""
+    i, j = indices()
+    seen = (i >= j) & (load_row(run) == load_column(run))
+    return jnp.exp(jnp.where(seen, load_row(cumulative) - load_column(cumulative), -jnp.inf))
