@@ -19,7 +19,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.gated_delta_rule import mosaic_gpu, reference, step, xla
+from pallas_kernels.gated_delta_rule import (
+    mosaic_gpu,
+    mosaic_gpu_backward,
+    reference,
+    step,
+    xla,
+)
 from pallas_kernels.precision import accumulator
 
 __all__ = ["GatedDeltaConfig", "GatedDeltaParams", "gated_delta_rule", "gated_delta_step"]
@@ -56,7 +62,7 @@ IMPLEMENTATIONS = {
         check=mosaic_gpu.check,
         check_device=mosaic_gpu.check_device,
         forward=mosaic_gpu.forward,
-        backward=xla.backward,
+        backward=mosaic_gpu_backward.backward,
         platforms=("cuda",),
     ),
     "reference": dispatch.Implementation(check=reference.check, apply=reference.apply),

@@ -18,25 +18,32 @@ def interpreted():
     """Everything traced inside is interpreted, with race detection."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    def transforms(dtype):
+        width = 128 // jnp.dtype(dtype).itemsize
+        return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)
+
     kernel, wgmma = plgpu.kernel, plgpu.wgmma
     staging = []  # of the kernel being traced
 
     def kernel_with_staging(body, *, scratch_types, num_threads=None, thread_name=None, **kwargs):
         def wrapped(*refs):
             *refs, shared = refs
-            staging.append(shared.at[jax.lax.axis_index(thread_name) if num_threads else 0])
+            thread = jax.lax.axis_index(thread_name) if num_threads else 0
+            staging.append({dtype: ref.at[thread] for dtype, ref in shared.items()})
             body(*refs)
             staging.pop()
 
-        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        shared = plgpu.SMEM((num_threads or 1, 64, 128), jnp.bfloat16, transforms=transforms)
+        shared = {
+            dtype: plgpu.SMEM((num_threads or 1, 64, 128), dtype, transforms=transforms(dtype))
+            for dtype in ("bfloat16", "float32")
+        }
         if num_threads:
             kwargs |= {"num_threads": num_threads, "thread_name": thread_name}
         return kernel(wrapped, scratch_types=[*scratch_types, shared], **kwargs)
 
     def wgmma_through_shared(acc, a, b):
         if isinstance(a, jax.Array):
-            part = staging[-1].at[:, pl.ds(0, a.shape[1])]
+            part = staging[-1][a.dtype.name].at[:, pl.ds(0, a.shape[1])]
             part[...] = a
             plgpu.commit_smem()
             a = part
