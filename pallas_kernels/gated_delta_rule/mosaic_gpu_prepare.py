@@ -1,21 +1,24 @@
 """The inverses of all chunks on Hopper, a block each: A = beta tril(K K^T * D, -1), X = (I + A)^-1.
 
-The block ladder of xla.py, with every level as two 64-row products on tensor cores:
+The block ladder of xla.py on tensor cores, whose products have 64 rows whatever is in them:
 
-    Y = X A where the level's blocks are, else 0          X <- X - Y X          b = 2, 4 ... C/2
+    X_21 = -X_22 A_21 X_11 in every 2b-block:      Y = spread(X) A_21      X <- X - spread(Y) X
 
-X is block diagonal, so what X A holds outside those blocks is not needed and A itself, unmasked, is
-the operand of every level. Each product is three: an fp32 operand is split into a bf16 and the bf16
-of the rest, and the product of the rests is dropped. Measured against float64 it costs nothing that
-rounding X to bf16 does not cost more.
+Matrices of which only 16-blocks on or beside the diagonal matter are packed, [C,16] instead of
+[C,C]: row i holds its own block's columns. `spread` puts them back where they belong in a left
+operand, which wgmma takes from registers; right operands are in shared memory. Each product is
+three: an fp32 operand is split into a bf16 and the bf16 of the rest, and the product of the rests
+is dropped. Against float64 that costs nothing that rounding X to bf16 does not cost more.
 
-    B batch   Z chunks   C rows of a chunk   K key heads   R value heads   H key dim
+    B batch   Z chunks   C = 64 rows of a chunk   K key heads   R value heads   H key dim
 """
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import BETA, CUMULATIVE, RUN
+
+SMALL, HALF = 16, 32  # 16 is what one step of wgmma contracts: packing below it saves nothing
 
 
 def prepare(k, gates):
@@ -25,83 +28,36 @@ def prepare(k, gates):
 
     Z, B, R, rows, C = gates.shape
     K, H = k.shape[2:]
-    dtype, wgmma = k.dtype, plgpu.Layout.WGMMA
-    square = plgpu.ACC((C, C), jnp.float32)
 
     def tile(*shape):
-        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
+        width = min(shape[-1], 64)
+        transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
+        return plgpu.SMEM(shape, k.dtype, transforms=transforms)
 
-    def split(x, high_s, low_s):
-        """Store fp32 x as the sum of two bf16 operands."""
-        high, low = halves(x)
-        high_s[...] = high
-        low_s[...] = low
-        plgpu.commit_smem()
-
-    def halves(x):
-        high = x.astype(dtype)
-        return high, (x - high.astype(jnp.float32)).astype(dtype)
-
-    def product(x, high_s, low_s):
-        high, low = halves(x)
-
-        def multiply(acc):
-            plgpu.wgmma(acc, low, high_s)
-            plgpu.wgmma(acc, high, low_s)
-            plgpu.wgmma(acc, high, high_s)
-            return acc[...]
-
-        return pl.run_scoped(multiply, square)
-
-    def body(k, gates, t_inv, k_s, gates_s, a_s, x_s, full):
+    def body(k, gates, t_inv, k_s, gates_s, diagonal_s, left_s, corner_s, x_s, x_half_s, full):
         b, r, z = (jax.lax.axis_index(name) for name in ("batch", "head", "chunk"))
         key_head = jax.lax.div(r, jnp.int32(R // K))
-        plgpu.copy_gmem_to_smem(k.at[b, pl.ds(z * C, C), key_head], k_s, full)
+        for n in range(H // C):
+            part = k.at[b, pl.ds(z * C, C), key_head, pl.ds(n * C, C)]
+            plgpu.copy_gmem_to_smem(part, k_s.at[n], full)
         plgpu.copy_gmem_to_smem(gates.at[z, b, r], gates_s, full)
         plgpu.barrier_wait(full)
-
-        def by_row(i):
-            row = plgpu.load(gates_s.at[i], layout=wgmma.reduce(1))
-            return jax.lax.broadcast_in_dim(row, (C, C), [0])
-
-        def by_column(i):
-            column = plgpu.load(gates_s.at[i], layout=wgmma.reduce(0))
-            return jax.lax.broadcast_in_dim(column, (C, C), [1])
-
-        def key_products(acc):
-            plgpu.wgmma(acc, k_s, k_s.T)
-            return acc[...]
-
-        i, j = (plgpu.broadcasted_iota(jnp.int32, (C, C), n, layout=wgmma) for n in (0, 1))
-        seen = (i > j) & (by_row(RUN) == by_column(RUN))
-        exponent = jnp.where(seen, by_row(CUMULATIVE) - by_column(CUMULATIVE), -jnp.inf)
-        a = by_row(BETA) * jnp.exp(exponent) * pl.run_scoped(key_products, square)
-        split(a, *a_s)
-        # Two rows meet in the 2b-block whose number is the highest bit in which they differ.
-        apart = i ^ j
-        x = jnp.where(apart == 0, 1.0, jnp.where(apart == 1, -a, 0.0))
-
-        width = 2
-        while width < C:
-            split(x, *x_s)
-            y = jnp.where((apart >= width) & (apart < 2 * width), product(x, *a_s), 0.0)
-            x = x - product(y, *x_s)
-            width *= 2
-        x_s[0][...] = x.astype(dtype)
+        a = _pairs(k_s, gates_s)
+        x = _invert(a, diagonal_s, left_s, corner_s, x_s, x_half_s)
+        out_s = k_s.at[0]  # the keys are not needed any more
+        out_s[...] = x.astype(k_s.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(x_s[0], t_inv.at[z, b, r])
+        plgpu.copy_smem_to_gmem(out_s, t_inv.at[z, b, r])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((Z, B, R, C, C), dtype),
+        out_type=jax.ShapeDtypeStruct((Z, B, R, C, C), k.dtype),
         scratch_types=[
-            tile(C, H),
+            tile(H // C, C, C),
             plgpu.SMEM((rows, C), jnp.float32),
-            [tile(C, C), tile(C, C)],
-            [tile(C, C), tile(C, C)],
-            plgpu.Barrier(num_arrivals=2),
+            *([tile(C, n), tile(C, n)] for n in (SMALL, SMALL, HALF, SMALL, HALF)),
+            plgpu.Barrier(num_arrivals=1 + H // C),
         ],
         grid=(R, Z, B),
         grid_names=("head", "chunk", "batch"),
@@ -111,3 +67,103 @@ def prepare(k, gates):
         kernel_name="gdn_prepare",
     )
     return kernel(k, gates)
+
+
+def _pairs(k_s, gates_s):
+    """A [C,C], strictly lower."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    C, wgmma = k_s.shape[1], plgpu.Layout.WGMMA
+
+    def by(axis, i):
+        gate = plgpu.load(gates_s.at[i], layout=wgmma.reduce(1 - axis))
+        return jax.lax.broadcast_in_dim(gate, (C, C), [axis])
+
+    def products(acc):
+        for n in range(k_s.shape[0]):
+            plgpu.wgmma(acc, k_s.at[n], k_s.at[n].T)
+        return acc[...]
+
+    i, j = (plgpu.broadcasted_iota(jnp.int32, (C, C), axis, layout=wgmma) for axis in (0, 1))
+    seen = (i > j) & (by(0, RUN) == by(1, RUN))
+    # Masked before exp: above the diagonal the exponent is positive.
+    decay = jnp.exp(jnp.where(seen, by(0, CUMULATIVE) - by(1, CUMULATIVE), -jnp.inf))
+    return by(0, BETA) * decay * pl.run_scoped(products, plgpu.ACC((C, C), jnp.float32))
+
+
+def _invert(a, diagonal_s, left_s, corner_s, x_s, x_half_s):
+    """X [C,C] from A in registers, through pairs of buffers for the two halves of an operand."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    C, layout = a.shape[0], plgpu.Layout.WGMMA
+    row, column = (plgpu.broadcasted_iota(jnp.int32, (C, SMALL), n, layout=layout) for n in (0, 1))
+    block = row >> 4
+    odd = (block & 1) == 1
+    blocks = [a[:, n : n + SMALL] for n in range(0, C, SMALL)]
+    zero = jnp.zeros_like(blocks[0])
+
+    def gather(of_block):
+        packed = zero
+        for n, x in of_block.items():
+            packed = jnp.where(block == n, x, packed)
+        return packed
+
+    def spread(packed, shift=0):
+        """Row i's columns at block i // 16 - shift."""
+        parts = [jnp.where(block == n + shift, packed, jnp.zeros_like(packed)) for n in range(4)]
+        return jnp.concatenate(parts, 1)
+
+    diagonal = gather(dict(enumerate(blocks)))
+    _store(diagonal, diagonal_s)
+    _store(gather({1: blocks[0], 3: blocks[2]}), left_s)
+    _store(a[:, :HALF], corner_s)
+    # Two rows meet in the 2b-block whose number is the highest bit in which they differ.
+    apart = (row & (SMALL - 1)) ^ column
+    x = jnp.where(apart == 0, 1.0, jnp.where(apart == 1, -diagonal, 0.0))
+    for width in (2, 4, 8):
+        _store(x, x_s)
+        y = _product(map(spread, _halves(x)), diagonal_s)
+        y = jnp.where((apart >= width) & (apart < 2 * width), y, 0.0)
+        x = x - _product(map(spread, _halves(y)), x_s)
+    _store(x, x_s)
+    y = _product(map(spread, _halves(x)), left_s)
+    y = _product((spread(half, 1) for half in _halves(y)), x_s)
+    x = jnp.concatenate([jnp.where(odd, -y, x), jnp.where(odd, x, 0.0)], 1)
+    _store(x, x_half_s)
+    row = plgpu.broadcasted_iota(jnp.int32, (C, HALF), 0, layout=layout)
+    lower = jnp.where(row >= HALF, x, 0.0)
+    y = _product(_halves(lower), [s.at[HALF:] for s in corner_s])
+    y = _product(_halves(y), [s.at[:HALF] for s in x_half_s])
+    return jnp.concatenate([jnp.where(row >= HALF, -y, x), lower], 1)
+
+
+def _halves(x):
+    """bf16 and bf16 of the rest."""
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def _store(x, pair_s):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    for half, half_s in zip(_halves(x), pair_s, strict=True):
+        half_s[...] = half
+    plgpu.commit_smem()
+
+
+def _product(left, right_s):
+    """fp32 product of two operands in halves, the left in registers, the right in shared memory."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    high, low = left
+    high_s, low_s = right_s
+
+    def multiply(acc):
+        plgpu.wgmma(acc, low, high_s)
+        plgpu.wgmma(acc, high, low_s)
+        plgpu.wgmma(acc, high, high_s)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((high.shape[0], high_s.shape[1]), jnp.float32))
