@@ -1,7 +1,9 @@
-"""The gated delta rule on NVIDIA Hopper: what it takes, and its forward in two Mosaic GPU kernels.
+"""The gated delta rule on NVIDIA Hopper: what it takes, and its forward in Mosaic GPU kernels.
 
-`prepare` inverts I + A of all chunks at once, `recurrence` walks over the chunks of a head (letters
-and formulas: README). Mosaic GPU, not the same in every jax, is imported where a kernel is built.
+`prepare` inverts I + A of all chunks at once, `recurrence` walks over the chunks of a head, or of
+its segments, before which `segment_starts` gives the states where heads alone would leave most of
+the chip idle (letters and formulas: README). Mosaic GPU, not the same in every jax, is imported
+where a kernel is built.
 
     B batch   T tokens   K key heads   R value heads   Z chunks   C rows of a chunk
     H key dim   E value dim
@@ -14,6 +16,7 @@ from pallas_kernels.dispatch import decline
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import gate_rows, whole_chunks
 from pallas_kernels.gated_delta_rule.mosaic_gpu_prepare import prepare
 from pallas_kernels.gated_delta_rule.mosaic_gpu_recurrence import recurrence
+from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import count_segments, segment_starts
 
 NAME = "mosaic_gpu"
 CHUNK = 64
@@ -51,7 +54,8 @@ def forward(params, q, k, v, g, beta, runs, initial_state):
     gates = gate_rows(C, g, beta, runs)
     q, k, v = (whole_chunks(x, C) for x in (q, k, v))
     t_inv = prepare(k, gates)
-    o, state, states = recurrence(
-        params.scale, q, k, v, gates, t_inv, initial_state, params.residuals
-    )
-    return o[:, :T], state, t_inv, states
+    segments = count_segments(q.shape[0] * v.shape[2], gates.shape[0], q.shape[3])
+    start = initial_state.swapaxes(-1, -2)
+    starts = segment_starts(k, v, gates, t_inv, start, segments)
+    o, state, states = recurrence(params.scale, q, k, v, gates, t_inv, starts, params.residuals)
+    return o[:, :T], state.swapaxes(-1, -2), t_inv, states

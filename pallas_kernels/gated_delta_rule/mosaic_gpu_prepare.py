@@ -17,6 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import BETA, CUMULATIVE, RUN
+from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
+    decay,
+    indices,
+    load_row,
+    matrix,
+    products,
+)
 
 SMALL, HALF = 16, 32  # 16 is what one step of wgmma contracts: packing below it saves nothing
 
@@ -28,11 +35,6 @@ def prepare(k, gates):
 
     Z, B, R, rows, C = gates.shape
     K, H = k.shape[2:]
-
-    def tile(*shape):
-        width = min(shape[-1], 64)
-        transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
-        return plgpu.SMEM(shape, k.dtype, transforms=transforms)
 
     def body(k, gates, t_inv, k_s, gates_s, diagonal_s, left_s, corner_s, x_s, x_half_s, full):
         b, r, z = (jax.lax.axis_index(name) for name in ("batch", "head", "chunk"))
@@ -54,9 +56,9 @@ def prepare(k, gates):
         body,
         out_type=jax.ShapeDtypeStruct((Z, B, R, C, C), k.dtype),
         scratch_types=[
-            tile(H // C, C, C),
+            matrix(k.dtype, H // C, C, C),
             plgpu.SMEM((rows, C), jnp.float32),
-            *([tile(C, n), tile(C, n)] for n in (SMALL, SMALL, HALF, SMALL, HALF)),
+            *([matrix(k.dtype, C, n)] * 2 for n in (SMALL, SMALL, HALF, SMALL, HALF)),
             plgpu.Barrier(num_arrivals=1 + H // C),
         ],
         grid=(R, Z, B),
@@ -70,34 +72,18 @@ def prepare(k, gates):
 
 
 def _pairs(k_s, gates_s):
-    """A [C,C], strictly lower."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    C, wgmma = k_s.shape[1], plgpu.Layout.WGMMA
-
-    def by(axis, i):
-        gate = plgpu.load(gates_s.at[i], layout=wgmma.reduce(1 - axis))
-        return jax.lax.broadcast_in_dim(gate, (C, C), [axis])
-
-    def products(acc):
-        for n in range(k_s.shape[0]):
-            plgpu.wgmma(acc, k_s.at[n], k_s.at[n].T)
-        return acc[...]
-
-    i, j = (plgpu.broadcasted_iota(jnp.int32, (C, C), axis, layout=wgmma) for axis in (0, 1))
-    seen = (i > j) & (by(0, RUN) == by(1, RUN))
-    # Masked before exp: above the diagonal the exponent is positive.
-    decay = jnp.exp(jnp.where(seen, by(0, CUMULATIVE) - by(1, CUMULATIVE), -jnp.inf))
-    return by(0, BETA) * decay * pl.run_scoped(products, plgpu.ACC((C, C), jnp.float32))
+    """A [C,C], strictly lower, from the keys in parts of C columns."""
+    parts = [k_s.at[n] for n in range(k_s.shape[0])]
+    (scores,) = products([(part, part.T) for part in parts])
+    i, j = indices()
+    scores = jnp.where(i > j, scores * decay(gates_s.at[CUMULATIVE], gates_s.at[RUN]), 0.0)
+    return load_row(gates_s.at[BETA]) * scores
 
 
 def _invert(a, diagonal_s, left_s, corner_s, x_s, x_half_s):
     """X [C,C] from A in registers, through pairs of buffers for the two halves of an operand."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    C, layout = a.shape[0], plgpu.Layout.WGMMA
-    row, column = (plgpu.broadcasted_iota(jnp.int32, (C, SMALL), n, layout=layout) for n in (0, 1))
+    C = a.shape[0]
+    row, column = (part[:, :SMALL] for part in indices())
     block = row >> 4
     odd = (block & 1) == 1
     blocks = [a[:, n : n + SMALL] for n in range(0, C, SMALL)]
@@ -131,7 +117,7 @@ def _invert(a, diagonal_s, left_s, corner_s, x_s, x_half_s):
     y = _product((spread(half, 1) for half in _halves(y)), x_s)
     x = jnp.concatenate([jnp.where(odd, -y, x), jnp.where(odd, x, 0.0)], 1)
     _store(x, x_half_s)
-    row = plgpu.broadcasted_iota(jnp.int32, (C, HALF), 0, layout=layout)
+    row = indices()[0][:, :HALF]
     lower = jnp.where(row >= HALF, x, 0.0)
     y = _product(_halves(lower), [s.at[HALF:] for s in corner_s])
     y = _product(_halves(y), [s.at[:HALF] for s in x_half_s])
@@ -154,16 +140,7 @@ def _store(x, pair_s):
 
 def _product(left, right_s):
     """fp32 product of two operands in halves, the left in registers, the right in shared memory."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     high, low = left
     high_s, low_s = right_s
-
-    def multiply(acc):
-        plgpu.wgmma(acc, low, high_s)
-        plgpu.wgmma(acc, high, low_s)
-        plgpu.wgmma(acc, high, high_s)
-        return acc[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC((high.shape[0], high_s.shape[1]), jnp.float32))
+    (result,) = products([(low, high_s), (high, low_s), (high, high_s)])
+    return result

@@ -1,4 +1,4 @@
-"""What the backward kernels of the gated delta rule on Hopper share: operands, products, decays.
+"""What the kernels of the gated delta rule on Hopper share: operands, products, decays.
 
 A warpgroup multiplies 64 rows at a time, so C = 64 rows of a chunk and 64 columns of a head are the
 unit of work, TILE.
@@ -14,8 +14,9 @@ def matrix(dtype, *shape):
     """Shared memory for matrices in the layout that wgmma and TMA read."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    width = 128 // jnp.dtype(dtype).itemsize
-    transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128))
+    size = jnp.dtype(dtype).itemsize
+    width = min(shape[-1], 128 // size)
+    transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * size))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -32,6 +33,18 @@ def products(*sums):
 
     shapes = [(pairs[0][0].shape[0], pairs[0][1].shape[1]) for pairs in sums]
     return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
+
+
+def add_products(start, *pairs):
+    """Return start + the sum of a @ b over the pairs, in the registers of start."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def run(accumulator):
+        for a, b in pairs:
+            plgpu.wgmma(accumulator, a, b)
+
+    return pl.run_state(run)(plgpu.ACC.init(start))
 
 
 def zeros(columns):

@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
-import re
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 from mosaic_interpreter import interpreted
 
 from pallas_kernels import GatedDeltaConfig, gated_delta_rule
-from pallas_kernels.gated_delta_rule import api, mosaic_gpu, xla
+from pallas_kernels.gated_delta_rule import api, mosaic_gpu, reference, xla
+from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import count_segments
 from tests.helpers import assert_close
 
 NEWEST = pytest.mark.skipif(
@@ -31,15 +33,15 @@ class Case:
     keys: str = "random"
     decay: float = 0.2
     documents: bool = False
+    segments: int = 0
 
 
 CASES = {
-    "ragged_length": Case(T=150),
-    "grouped": Case(B=2, T=64, K=2, R=4),
-    "repeated": Case(T=192, keys="repeated", decay=0.01),
-    "documents": Case(T=256, documents=True),
-    "wide": Case(T=192, H=128, documents=True),
-    "strong_decay": Case(T=128, decay=40.0),
+    "ragged_and_grouped": Case(B=2, T=70, K=1, R=2),
+    "repeated": Case(T=128, keys="repeated", decay=0.01),
+    "wide": Case(T=128, H=128, documents=True),
+    "strong_decay": Case(T=100, decay=40.0),
+    "segments": Case(T=300, documents=True, segments=3),
 }
 
 
@@ -64,49 +66,114 @@ def draw(case: Case) -> dict[str, np.ndarray]:
     return arrays
 
 
-def in_float64(arrays):
-    return {n: x if n == "segment_ids" else np.float64(x) for n, x in arrays.items()}
-
-
 @NEWEST
 @pytest.mark.parametrize("name", CASES)
-def test_interpreted(name, capsys):
-    """Outputs and residuals, without races."""
+def test_interpreted(name, capsys, monkeypatch):
+    """Outputs and residuals equal those in float64, and nothing races."""
     case = CASES[name]
+    if case.segments:
+        monkeypatch.setattr(mosaic_gpu, "count_segments", lambda *_: case.segments)
     arrays = draw(case)
     with jax.enable_x64(True):
-        want = gated_delta_rule(**in_float64(arrays), implementation="reference")
-        residuals = forward(xla, in_float64(arrays))[2:]
+        exact = {n: x if n == "segment_ids" else np.float64(x) for n, x in arrays.items()}
+        want = forward(reference, exact), forward(xla, exact)[2:]
     with interpreted():
-        got = gated_delta_rule(**arrays, implementation="mosaic_gpu")
-        saved = forward(mosaic_gpu, arrays)
+        got = forward(mosaic_gpu, arrays)
     assert "RACE DETECTED" not in capsys.readouterr().out
-    for what, x, y in zip(
-        ("o", "state", "t_inv", "states"), (*want, *residuals), saved, strict=True
-    ):
+    for what, x, y in zip(("o", "state", "t_inv", "states"), sum(want, ()), got, strict=True):
         assert_close(f"{name} {what}", np.asarray(x), np.asarray(y, np.float64), 1e-2)
-        assert x.shape == y.shape
-    for x, y in zip(got, saved, strict=False):
-        np.testing.assert_array_equal(x, y)
 
 
 def forward(implementation, arrays):
-    """With residuals, which the op does not return."""
+    """With residuals, which the op does not return; the reference has none."""
     arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
     ids = arrays.pop("segment_ids", None)
     runs = None if ids is None else api.run_numbers(ids)
-    state = arrays.pop("initial_state")
-    params = api._params(arrays["q"], arrays["v"], None, None)
-    params = dataclasses.replace(params, residuals=True)
-    return implementation.forward(params, *arrays.values(), runs, state)
+    q, v, state = arrays["q"], arrays["v"], arrays.pop("initial_state")
+    params = api.GatedDeltaParams(
+        q.shape[-1] ** -0.5, GatedDeltaConfig(), q.shape, v.shape, q.dtype, residuals=True
+    )
+    run = getattr(implementation, "apply" if implementation is reference else "forward")
+    return jax.jit(functools.partial(run, params))(*arrays.values(), runs, state)
+
+
+@NEWEST
+def test_the_op_without_residuals_equals_the_op_with_them():
+    arrays = draw(Case(T=70))
+    with interpreted():
+        got = gated_delta_rule(**arrays, implementation="mosaic_gpu")
+        want = forward(mosaic_gpu, arrays)
+    for x, y in zip(got, want, strict=False):
+        np.testing.assert_array_equal(x, y)
 
 
 @NEWEST
 def test_races_are_seen(capsys, monkeypatch):
-    """Without the fence before the inverse is read by TMA, the interpreter complains."""
+    """The interpreter complains where nothing orders a store and the TMA that reads it."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
     with interpreted():
-        gated_delta_rule(**draw(Case(T=64)), implementation="mosaic_gpu")
+        forward(mosaic_gpu, draw(Case(T=64)))
     assert "RACE DETECTED" in capsys.readouterr().out
+
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@NEWEST
+@pytest.mark.parametrize("kind, taken", [(H100, True), ("NVIDIA A100-SXM4-40GB", False)])
+def test_the_device_of_the_mesh_decides(kind, taken):
+    """It is taken by the table for a Hopper mesh alone, and lowered for no device but CUDA's."""
+    mesh = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice(kind, 132, "gpu"))
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in draw(Case()).items()}
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(lambda x: gated_delta_rule(**x)[0]).trace(shapes)
+    assert ("gdn_recurrence" in str(traced.jaxpr)) == taken
+    assert "gdn_recurrence" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@NEWEST
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("dtype", jnp.float32, "takes bfloat16, got float32"),
+        ("H", 96, r"dims in \(64, 128\), got \(96, 96\)"),
+        ("chunk", 32, "needs chunks of 64, got 32"),
+    ],
+)
+def test_declines(name, value, words):
+    arrays = draw(Case(T=64, H=value if name == "H" else 64))
+    if name == "dtype":
+        arrays |= {n: arrays[n].astype(value) for n in "qkv"}
+    config = GatedDeltaConfig(chunk=value if name == "chunk" else 64)
+    with pytest.raises(NotImplementedError, match=f"^mosaic_gpu: .*{words}$"):
+        gated_delta_rule(**arrays, config=config, implementation="mosaic_gpu")
+
+
+def test_declines_an_old_jax(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    monkeypatch.setattr(jax, "__version__", "0.10.2")
+    words = r"mosaic_gpu: needs jax >= 0.11 \(Python >= 3.12\), found 0.10.2"
+    with pytest.raises(NotImplementedError, match=f"^{words}$"):
+        gated_delta_rule(**draw(Case(T=64)), implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize("kind", [None, "cpu", "NVIDIA A100-SXM4-40GB", "NVIDIA B200"])
+def test_declines_other_devices(kind):
+    with pytest.raises(NotImplementedError, match=rf"^mosaic_gpu: runs on Hopper .*, got {kind}$"):
+        mosaic_gpu.check_device(kind)
+
+
+@pytest.mark.parametrize("heads, chunks, dim", [(448, 8, 64), (128, 64, 128), (16, 512, 128)])
+def test_segments_fill_the_chip_and_cover_the_sequence(heads, chunks, dim):
+    n = count_segments(heads, chunks, dim)
+    assert (n - 1) * -(-chunks // n) < chunks
+    assert (n > 1) == (heads == 16)
+
+
+def test_every_short_sequence_has_full_segments():
+    """All but the last one have the same length, which the maps rely on, and none is empty."""
+    for heads, chunks in itertools.product((1, 2, 3, 16, 40), range(1, 70)):
+        n = count_segments(heads, chunks, 128)
+        assert n >= 1 and (n - 1) * -(-chunks // n) < chunks
