@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from mosaic_interpreter import interpreted
 
 from pallas_kernels import GatedDeltaConfig, gated_delta_rule
 from pallas_kernels.gated_delta_rule import api, mosaic_gpu, reference, xla
 from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import count_segments
 from tests.helpers import assert_close
+from tests.kernels import h100
+from tests.kernels.mosaic_interpreter import interpreted
 
 NEWEST = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason=f"needs jax >= 0.11, found {jax.__version__}"
@@ -89,12 +90,15 @@ def forward(implementation, arrays):
     arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
     ids = arrays.pop("segment_ids", None)
     runs = None if ids is None else api.run_numbers(ids)
-    q, v, state = arrays["q"], arrays["v"], arrays.pop("initial_state")
-    params = api.GatedDeltaParams(
-        q.shape[-1] ** -0.5, GatedDeltaConfig(), q.shape, v.shape, q.dtype, residuals=True
-    )
+    params, state = params_of(arrays, residuals=True), arrays.pop("initial_state")
     run = getattr(implementation, "apply" if implementation is reference else "forward")
     return jax.jit(functools.partial(run, params))(*arrays.values(), runs, state)
+
+
+def params_of(arrays, residuals):
+    q, v = arrays["q"], arrays["v"]
+    scale = q.shape[-1] ** -0.5
+    return api.GatedDeltaParams(scale, GatedDeltaConfig(), q.shape, v.shape, q.dtype, residuals)
 
 
 @NEWEST
@@ -116,6 +120,24 @@ def test_races_are_seen(capsys, monkeypatch):
     with interpreted():
         forward(mosaic_gpu, draw(Case(T=64)))
     assert "RACE DETECTED" in capsys.readouterr().out
+
+
+@NEWEST
+@pytest.mark.aot_gpu
+@pytest.mark.parametrize("dim", [64, 128])
+def test_compiled_for_an_h100(dim, monkeypatch, capfd):
+    """Nothing spills, all kernels fit, with and without residuals."""
+    monkeypatch.setattr(mosaic_gpu, "count_segments", lambda *_: 3)
+    arrays = draw(Case(T=500, R=2, H=dim))
+    kernels = []
+    for residuals in (False, True):
+        run = functools.partial(mosaic_gpu.forward, params_of(arrays, residuals))
+        q, k, v, g, beta, state = arrays.values()
+        found = h100.resources(run, (q, k, v, g, beta, None, state), monkeypatch, capfd)
+        assert found.keys() == {"gdn_prepare", "gdn_segment_maps", "gdn_recurrence"}
+        kernels += found.values()
+    for spilled, shared in kernels:
+        assert spilled == 0 and shared <= h100.SHARED_MEMORY
 
 
 H100 = "NVIDIA H100 80GB HBM3"
