@@ -1,10 +1,11 @@
 # The road, top to bottom. `quickstart` and `test` need only Python 3.11 or newer, pip and make.
 PYTHON ?= python3
+PYTHON_NEWEST ?= python3.13
 VENV   := .venv
 PY     := $(VENV)/bin/python
 ARMS   := causal random layerwise
 
-.PHONY: quickstart test lint setup setup-dev clean
+.PHONY: quickstart test test-newest lint setup setup-dev clean
 
 quickstart: setup  ## import → three arms → export → generate → evals, on configs/tiny
 	$(PY) convert_torch.py import --source configs/tiny/teacher --out teachers/tiny --overwrite
@@ -21,6 +22,11 @@ arm-%: setup  ## select → align → distill → extend for one way to choose h
 
 test: setup-dev  ## every test that this machine can run
 	$(PY) -m pytest --numprocesses=2 --dist=loadfile
+
+# jax 0.11, which the Hopper kernels need, needs Python 3.12: an environment of its own, newest jax.
+NEWEST := .venv-newest
+test-newest: $(NEWEST)/.installed  ## kernels in the interpreter of the newest jax, and for an H100
+	JAX_PLATFORMS=cpu $(NEWEST)/bin/python -m pytest tests/kernels/test_dispatch.py tests/kernels/*mosaic*
 
 lint: setup-dev
 	$(PY) -m ruff check .
@@ -41,5 +47,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+$(NEWEST)/.installed: setup.cfg
+	$(PYTHON_NEWEST) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade jax jaxtyping pytest pytest-timeout
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs teachers corpora
+	rm -rf $(VENV) $(NEWEST) runs teachers corpora

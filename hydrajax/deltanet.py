@@ -7,6 +7,8 @@ q and k are projected, convolved, activated, normalised as in the teacher, rotat
 unit length, in this order. Gates, decay and state are fp32.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,7 +25,7 @@ from hydrajax.layers import (
     take_heads,
     weight,
 )
-from hydrajax.sharding import constrain
+from hydrajax.sharding import constrain, per_device
 from hydrajax.typing import Array, Float
 from pallas_kernels import (
     GatedDeltaConfig,
@@ -34,6 +36,19 @@ from pallas_kernels import (
 )
 
 L2_EPS = 1e-6
+
+# Axes of the delta rule's arrays: rows and heads do not mix, so devices need not exchange anything.
+_HEADS = ("batch", None, "la_heads", None)
+_STATE = ("batch", "la_heads", None, None)
+_RULE_AXES = {
+    "q": _HEADS,
+    "k": _HEADS,
+    "v": _HEADS,
+    "g": _HEADS[:3],
+    "beta": _HEADS[:3],
+    "initial_state": _STATE,
+    "segment_ids": ("batch", None),
+}
 
 
 class LinearHeads(nnx.Module):
@@ -180,17 +195,16 @@ class LinearHeads(nnx.Module):
         k = l2_normalise(apply_rope(k, seq, self.rope_dims))
         return constrain(q, "batch", None, "la_heads", None), k, v
 
-    def _rule(self, q, k, v, g, beta, **kwargs) -> tuple[Array, Array]:
-        return gated_delta_rule(
-            q,
-            self._spread(k),
-            self._spread(v),
-            g,
-            beta,
+    def _rule(self, q, k, v, g, beta, **optional) -> tuple[Array, Array]:
+        rule = functools.partial(
+            gated_delta_rule,
             scale=self.head_dim**-0.5,
             config=GatedDeltaConfig(chunk=self.hydra.chunk),
             implementation=self.implementation,
-            **kwargs,
+        )
+        optional = {name: x for name, x in optional.items() if x is not None}
+        return per_device(rule, _RULE_AXES, (_HEADS, _STATE))(
+            q=q, k=self._spread(k), v=self._spread(v), g=g, beta=beta, **optional
         )
 
     def _spread(self, k: Float[Array, "B T K H"]) -> Float[Array, "B T R H"]:

@@ -26,6 +26,7 @@ from hydrajax.checkpoint import RunInfo, load_run
 from hydrajax.command import run_command
 from hydrajax.config import KernelConfig, ModelConfig
 from hydrajax.model import bind, load_model
+from hydrajax.sharding import one_device
 from hydrajax.tokenizer import Tokenizer, load_tokenizer
 from hydrajax.typing import Array, Bool, Float, Int, Params, UserError
 
@@ -315,7 +316,8 @@ def _run(args: flags.FlagValues) -> None:
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise UserError(f"Arguments {argv[1:]} are not flags; quote the text of --prompt.")
-    _run(flags.FLAGS)
+    with jax.set_mesh(one_device()):
+        _run(flags.FLAGS)
 
 
 if __name__ == "__main__":

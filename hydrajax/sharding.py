@@ -5,6 +5,8 @@ divides them. An axis that does not divide its mesh axis is replicated, never pa
 `replicated()` lists those for the start-up screen.
 """
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -12,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from hydrajax.config import MeshConfig
 from hydrajax.typing import Array, UserError
+
+Axes = tuple[str | None, ...]
 
 MESH_AXES = ("data", "fsdp", "model")
 
@@ -47,6 +51,14 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
             "would then read different rows; choose a divisor of that."
         )
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def one_device() -> Mesh:
+    """Mesh of the default device alone, for commands that use no other.
+
+    Under it kernels know, while they are traced, which kind of device they are for.
+    """
+    return jax.make_mesh((1, 1, 1), MESH_AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh_shape: dict[str, int]) -> P:
@@ -98,6 +110,34 @@ def constrain(x: Array, *names: str | None) -> Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, dict(mesh.shape)))
+
+
+def per_device(op: Callable, axes_in: dict[str, Axes], axes_out: tuple[Axes, ...]) -> Callable:
+    """Run `op(**arrays)` on each device's own part of the arrays, gradients included.
+
+    XLA cannot split the call of a kernel, so it is told: the named axes are split as `spec` says,
+    and outputs like the inputs that share their names. `op` must not mix what it is split over.
+    Without a mesh, or on one device, it is called as it is.
+    """
+
+    def run(**arrays: Array):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return op(**arrays)
+        sizes = dict(mesh.shape)
+        specs = {name: spec(axes_in[name], x.shape, sizes) for name, x in arrays.items()}
+        split = {
+            axis: part
+            for name, parts in specs.items()
+            for axis, part in zip(axes_in[name], parts, strict=True)
+        }
+        outputs = tuple(P(*(split[axis] if axis else None for axis in axes)) for axes in axes_out)
+        # A kernel does not say over which mesh axes its outputs vary; the specs do.
+        return jax.shard_map(
+            lambda arrays: op(**arrays), in_specs=(specs,), out_specs=outputs, check_vma=False
+        )(arrays)
+
+    return run
 
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["Choice", "Implementation", "decline", "platform_switch", "resolve"]
+__all__ = ["Choice", "Implementation", "decline", "device_kind", "platform_switch", "resolve"]
 
 Table = Mapping[str, tuple[str, ...]]
 
@@ -28,10 +28,12 @@ class Implementation:
 
     Either `forward` and `backward`, which the op joins in its `custom_vjp` and whose residuals are
     laid out by the op, or `apply`, which JAX differentiates. `platforms` limits where the tables
-    and tuples may place it (None: anywhere); an explicit name is taken at its word.
+    and tuples may place it (None: anywhere), and `check_device` declines kinds of devices there
+    (None: none); an explicit name is taken at its word.
     """
 
     check: Callable[[Any], None]
+    check_device: Callable[[str | None], None] | None = None
     forward: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
     apply: Callable[..., Any] | None = None
@@ -48,6 +50,15 @@ class Choice:
     @property
     def names(self) -> tuple[str, ...]:
         return (self.default, *(name for _, name in self.others))
+
+
+def device_kind() -> str | None:
+    """Kind of the devices of the mesh in use, such as "NVIDIA H100 80GB HBM3"; None without one.
+
+    It is the only device known while tracing: what is lowered here may run elsewhere.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else device.device_kind
 
 
 def decline(name: str, reason: str, value: object) -> NotImplementedError:
@@ -119,8 +130,11 @@ def _table_of(names: tuple[str, ...], implementations: Mapping[str, Implementati
 
 def _first_accepted(names, implementations, spec, refusals) -> str | None:
     for name in names:
+        implementation = implementations[name]
         try:
-            implementations[name].check(spec)
+            implementation.check(spec)
+            if implementation.check_device is not None:
+                implementation.check_device(device_kind())
         except NotImplementedError as refusal:
             refusals[name] = refusal
         else:

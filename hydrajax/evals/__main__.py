@@ -22,6 +22,7 @@ from hydrajax.evals import report
 from hydrajax.evals.subject import Subject
 from hydrajax.evals.suite import check_eval, evaluate
 from hydrajax.generation import open_run
+from hydrajax.sharding import one_device
 from hydrajax.tokenizer import Tokenizer, load_tokenizer
 from hydrajax.typing import UserError
 
@@ -78,7 +79,8 @@ def run(cfg: RunConfig) -> None:
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise UserError(f"Arguments {argv[1:]} are unknown; settings are --config.name=value.")
-    run(RunConfig.from_dict(flags.FLAGS.config))
+    with jax.set_mesh(one_device()):
+        run(RunConfig.from_dict(flags.FLAGS.config))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from hydrajax.head_plan import HeadPlan
 from hydrajax.model import load_model
 from hydrajax.selection import budget, report
 from hydrajax.selection.scorers import SCORERS, Context, Scores
+from hydrajax.sharding import one_device
 from hydrajax.tokenizer import load_tokenizer
 from hydrajax.typing import Params, UserError
 
@@ -91,7 +92,8 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise UserError(f"leftover arguments {argv[1:]}; options are --config.select.seed=1.")
     command = ["python", "-m", "hydrajax.selection", *sys.argv[1:]]
-    select(RunConfig.from_dict(flags.FLAGS.config), command)
+    with jax.set_mesh(one_device()):
+        select(RunConfig.from_dict(flags.FLAGS.config), command)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.gated_delta_rule import reference, step, xla
+from pallas_kernels.gated_delta_rule import (
+    mosaic_gpu,
+    mosaic_gpu_backward,
+    reference,
+    step,
+    xla,
+)
 from pallas_kernels.precision import accumulator
 
 __all__ = ["GatedDeltaConfig", "GatedDeltaParams", "gated_delta_rule", "gated_delta_step"]
@@ -38,20 +44,31 @@ class GatedDeltaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GatedDeltaParams:
-    """Static facts of one call, handed to every implementation; also what `check` judges."""
+    """Static facts of one call, handed to every implementation; also what `check` judges.
+
+    Without `residuals` what `forward` returns beyond the outputs is dropped, whatever it is.
+    """
 
     scale: float
     config: GatedDeltaConfig
     shape_q: tuple[int, ...]
     shape_v: tuple[int, ...]
     dtype: jnp.dtype
+    residuals: bool = False
 
 
 IMPLEMENTATIONS = {
+    "mosaic_gpu": dispatch.Implementation(
+        check=mosaic_gpu.check,
+        check_device=mosaic_gpu.check_device,
+        forward=mosaic_gpu.forward,
+        backward=mosaic_gpu_backward.backward,
+        platforms=("cuda",),
+    ),
     "reference": dispatch.Implementation(check=reference.check, apply=reference.apply),
     "xla": dispatch.Implementation(check=xla.check, forward=xla.forward, backward=xla.backward),
 }
-TABLE = {"default": ("xla",)}
+TABLE = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 
 STEPS = {
     "reference": dispatch.Implementation(check=reference.check, apply=reference.apply_step),
@@ -136,19 +153,23 @@ def _one(name: str, params: GatedDeltaParams, *operands):
 
 
 def _forward(choice, params, *operands):
-    branches = {n: functools.partial(IMPLEMENTATIONS[n].forward, params) for n in choice.names}
+    def run(name, *operands):
+        outputs = IMPLEMENTATIONS[name].forward(params, *operands)
+        return outputs if params.residuals else outputs[:2]
+
+    branches = {name: functools.partial(run, name) for name in choice.names}
     return dispatch.platform_switch(choice, branches, *operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gated_delta_rule(choice, params, q, k, v, g, beta, runs, initial_state):
-    o, state, _, _ = _forward(choice, params, q, k, v, g, beta, runs, initial_state)
-    return o, state
+    return _forward(choice, params, q, k, v, g, beta, runs, initial_state)
 
 
 def _gated_delta_rule_fwd(choice, params, *operands):
     # Residual layout, the same for every implementation: the operands, T = (I + A)^-1
     # [Z, B, R, C, C] and the state at the start of each chunk [Z, B, R, H, E], both in q's dtype.
+    params = dataclasses.replace(params, residuals=True)
     o, state, t_inv, states = _forward(choice, params, *operands)
     t_inv = checkpoint_name(t_inv, "gdn_t_inv")
     states = checkpoint_name(states, "gdn_states")

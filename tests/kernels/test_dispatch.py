@@ -115,7 +115,7 @@ def test_ops_name_their_implementations():
     g = jnp.zeros((1, 8, 2))
     with pytest.raises(ValueError, match=r"attention: .*\['cudnn', 'reference', 'xla'\], got"):
         attention(q, q, q, implementation="flash")
-    with pytest.raises(ValueError, match=r"gated_delta_rule: .*\['reference', 'xla'\], got"):
+    with pytest.raises(ValueError, match=r"gated_delta_rule: .*'reference', 'xla'\], got"):
         gated_delta_rule(q, q, q, g, g, implementation="triton")
 
 

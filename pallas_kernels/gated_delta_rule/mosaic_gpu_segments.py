@@ -1,0 +1,140 @@
+"""The states before the segments of a sequence on Hopper, so that segments run at the same time.
+
+A segment is an affine map of the state, S -> M S + F. Transposed, its rows do not mix: those of F^T
+are the recurrence from 0, those of M^T the recurrence of the identity with V = 0. One kernel runs
+both for all segments at once, without outputs; a short loop applies the maps one after another.
+
+    B batch   Z chunks   C rows of a chunk   K key heads   R value heads   H = E dims
+    N segments of L chunks   W warpgroups of rows, H / 64
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import BETA, KEEP, READ, WRITE
+from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
+    TILE,
+    add_products,
+    load,
+    load_column,
+    matrix,
+    products,
+)
+from pallas_kernels.precision import dot
+
+PROCESSORS = 132  # of an H100 or H200
+SLOTS = 3
+APPLY = 4  # what a map costs, in chunks of the recurrence
+
+
+def count_segments(heads: int, chunks: int, dim: int) -> int:
+    """Segments for `heads` independent recurrences: the number with the shortest chain of chunks.
+
+    Blocks that do not fit on the chip together wait for each other. The last segment needs no map,
+    the first one no M.
+    """
+    blocks = PROCESSORS * 128 // dim  # at the same time
+
+    def chain(n):
+        length = -(-chunks // n)
+        waves = -(-(2 * n - 3) * heads // blocks) if n > 1 else 0
+        return length * (1 + waves) + APPLY * (n > 1) * (n + 1)
+
+    n = min(range(1, max(1, min(blocks // heads, chunks)) + 1), key=chain)
+    return -(-chunks // -(-chunks // n))  # equal lengths may need fewer
+
+
+def segment_starts(k, v, gates, t_inv, start, segments):
+    """Return the transposed states before the segments [N,B,R,E,H], fp32, from start [B,R,E,H].
+
+    k [B,Z*C,K,H], v [B,Z*C,R,E], gates [Z,B,R,6,C] fp32, t_inv [Z,B,R,C,C].
+    """
+    if segments == 1:
+        return start[None]
+    maps = _maps(k, v, gates, t_inv, start, segments)
+    added, factors = maps[: segments - 1], maps[segments - 1 :]
+    starts = [start, added[0]]
+    for n in range(segments - 2):
+        starts.append(dot("breh,brhf->bref", starts[-1], factors[n], "highest") + added[n + 1])
+    return jnp.stack(starts)
+
+
+def _maps(k, v, gates, t_inv, start, N):
+    """[2N-3,B,R,H,H] fp32: F^T of segments 0 ... N-2, the first from `start`, M^T of 1 ... N-2."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    Z, B, R, rows, C = gates.shape
+    K, H = k.shape[2:]
+    W, L = H // TILE, -(-Z // N)
+    dtype = k.dtype
+
+    def body(k, v, gates, t_inv, start, maps, k_s, v_s, t_s, gates_s, full, free):
+        b, r, m, w = (jax.lax.axis_index(x) for x in ("batch", "head", "map", "rows"))
+        key_head = jax.lax.div(r, jnp.int32(R // K))
+        own = pl.ds(w * TILE, TILE)
+        is_factor = m >= N - 1
+        first = jnp.where(is_factor, m - (N - 2), m) * L
+
+        def fetch(z, slot):
+            rows, barrier = pl.ds(z * C, C), full.at[slot]
+            plgpu.copy_gmem_to_smem(k.at[b, rows, key_head], k_s.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(t_inv.at[z, b, r], t_s.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(gates.at[z, b, r], gates_s.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(v.at[b, rows, r], v_s.at[slot], barrier)
+
+        @pl.when(w == 0)
+        def _():
+            for slot in range(min(SLOTS, L)):
+                fetch(first + slot, slot)
+
+        def chunk(i, state):
+            slot = jax.lax.rem(i, jnp.array(SLOTS, i.dtype))
+            plgpu.barrier_wait(full.at[slot])
+            k_i, gate_i = k_s.at[slot], gates_s.at[slot]
+            (read,) = products([(state.astype(dtype), k_i.T)])
+            given = jnp.where(is_factor, 0.0, load(v_s.at[slot, :, own].T))
+            left = load_column(gate_i.at[BETA]) * (given - load_column(gate_i.at[READ]) * read)
+            (v_new,) = products([(left.astype(dtype), t_s.at[slot].T)])
+            added = (load_column(gate_i.at[WRITE]) * v_new).astype(dtype)
+            state = add_products(gate_i[KEEP, 0] * state, (added, k_i))
+
+            @pl.when(i + SLOTS < L)
+            def _():
+                plgpu.barrier_arrive(free.at[slot])
+
+                @pl.when(w == 0)
+                def _():
+                    plgpu.barrier_wait(free.at[slot])
+                    fetch(first + i + SLOTS, slot)
+
+            return state
+
+        row, column = (
+            plgpu.broadcasted_iota(jnp.int32, (TILE, H), axis, layout=plgpu.Layout.WGMMA)
+            for axis in (0, 1)
+        )
+        identity = jnp.where(row + w * TILE == column, 1.0, 0.0)
+        given = plgpu.load(start.at[b, r, own], layout=plgpu.Layout.WGMMA, optimized=False)
+        state = jnp.where(is_factor, identity, jnp.where(m == 0, given, 0.0))
+        maps[m, b, r, own] = jax.lax.fori_loop(0, L, chunk, state)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((2 * N - 3, B, R, H, H), jnp.float32),
+        scratch_types=[
+            *(matrix(dtype, SLOTS, *x) for x in ((C, H), (C, H), (C, C))),
+            plgpu.SMEM((SLOTS, rows, C), jnp.float32),
+            plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
+            plgpu.Barrier(num_arrivals=W, num_barriers=SLOTS),
+        ],
+        grid=(R, B, 2 * N - 3),
+        grid_names=("head", "batch", "map"),
+        num_threads=W,
+        thread_name="rows",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        kernel_name="gdn_segment_maps",
+    )
+    return kernel(k, v, gates, t_inv, start)

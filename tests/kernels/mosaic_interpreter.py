@@ -1,0 +1,71 @@
+"""Run Hopper kernels on the CPU: jax's interpreter, told how to do what it does not know.
+
+It has no `wgmma` whose left operand is in registers, and no `run_state`, which starts accumulators
+from a value. Here every warpgroup passes the operand through shared memory of its own, at most
+[64, 128], and the value is added after the product.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+
+@contextlib.contextmanager
+def interpreted():
+    """Everything traced inside is interpreted, with race detection."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def transforms(dtype):
+        width = 128 // jnp.dtype(dtype).itemsize
+        return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)
+
+    kernel, wgmma = plgpu.kernel, plgpu.wgmma
+    staging = []  # of the kernel being traced
+
+    def kernel_with_staging(body, *, scratch_types, num_threads=None, thread_name=None, **kwargs):
+        def wrapped(*refs):
+            *refs, shared = refs
+            thread = jax.lax.axis_index(thread_name) if num_threads else 0
+            staging.append({dtype: ref.at[thread] for dtype, ref in shared.items()})
+            body(*refs)
+            staging.pop()
+
+        shared = {
+            dtype: plgpu.SMEM((num_threads or 1, 64, 128), dtype, transforms=transforms(dtype))
+            for dtype in ("bfloat16", "float32")
+        }
+        if num_threads:
+            kwargs |= {"num_threads": num_threads, "thread_name": thread_name}
+        return kernel(wrapped, scratch_types=[*scratch_types, shared], **kwargs)
+
+    def wgmma_through_shared(acc, a, b):
+        if isinstance(a, jax.Array):
+            part = staging[-1][a.dtype.name].at[:, pl.ds(0, a.shape[1])]
+            part[...] = a
+            plgpu.commit_smem()
+            a = part
+        wgmma(acc, a, b)
+
+    def run_state(body):
+        def call(starts):
+            values, tree = jax.tree.flatten(starts)
+
+            def added(*accs):
+                body(jax.tree.unflatten(tree, accs))
+                return [acc[...] for acc in accs]
+
+            sums = pl.run_scoped(added, *(plgpu.ACC(x.shape, jnp.float32) for x in values))
+            return jax.tree.unflatten(tree, [x + y for x, y in zip(values, sums, strict=True)])
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plgpu, "kernel", kernel_with_staging)
+        patch.setattr(plgpu, "wgmma", wgmma_through_shared)
+        patch.setattr(plgpu.ACC, "init", staticmethod(lambda x: x))
+        patch.setattr(pl, "run_state", run_state)
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            yield

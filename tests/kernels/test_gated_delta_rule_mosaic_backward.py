@@ -1,0 +1,139 @@
+"""The Hopper backward without a GPU: interpreted against float64, and compiled for an H100."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import gated_delta_rule
+from pallas_kernels.gated_delta_rule import api, mosaic_gpu_backward, xla
+from pallas_kernels.gated_delta_rule.arg_specs import GatedDeltaArgs
+from tests.helpers import assert_close
+from tests.kernels import h100
+from tests.kernels.mosaic_interpreter import interpreted
+
+NEWEST = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason=f"needs jax >= 0.11, found {jax.__version__}"
+)
+NAMES = ("q", "k", "v", "g", "beta", "initial_state")
+DOCUMENTS = ((1, 3), (2, 50), (1, 30), (3, 1), (4, 44), (0, 2))  # a border at 128, too
+
+CASES = {
+    "ragged_grouped": GatedDeltaArgs(shape=(2, 70, 1, 2, 64, 64)),
+    "documents": GatedDeltaArgs(shape=(1, 130, 1, 1, 64, 64), documents=DOCUMENTS),
+    "repeated": GatedDeltaArgs(
+        shape=(1, 128, 1, 1, 64, 64), keys="repeated", beta=(0.9, 0.98), gate=(0.0, -0.1)
+    ),
+    "extreme": GatedDeltaArgs(
+        shape=(1, 128, 1, 1, 64, 64), beta=(0.0, 1.0), gate=(0.0, -0.1, -40.0)
+    ),
+    "wide": GatedDeltaArgs(shape=(1, 190, 1, 1, 128, 128), keys="correlated"),
+    "wide_documents": GatedDeltaArgs(shape=(1, 130, 1, 2, 128, 128), documents=DOCUMENTS),
+}
+# What the past holds along a key that is repeated is overwritten whatever its decay: dg is the
+# small rest of large terms, and fp32 loses two digits of it, as everywhere.
+CANCELS = {("repeated", "g"): 100}
+
+
+def draw(case):
+    """Arguments and cotangents whose values are exact in bf16."""
+    rng = np.random.default_rng(0)
+    arrays = case.arrays(rng)
+    B, T, _, R, H, E = case.shape
+    arrays["initial_state"] = rng.standard_normal((B, R, H, E))
+    cotangents = rng.standard_normal((B, T, R, E)), rng.standard_normal((B, R, H, E))
+    ids = arrays.pop("segment_ids")
+    rounded = {n: x.astype(jnp.bfloat16).astype(np.float64) for n, x in arrays.items()}
+    cotangents = [x.astype(jnp.bfloat16).astype(np.float64) for x in cotangents]
+    return rounded, ids, cotangents
+
+
+@functools.cache
+def truth(name):
+    """Gradients of the token loop in float64."""
+    arrays, ids, cotangents = draw(CASES[name])
+
+    def outputs(arrays):
+        return gated_delta_rule(**arrays, segment_ids=ids, implementation="reference")
+
+    with jax.enable_x64(True):
+        cotangents = tuple(map(jnp.asarray, cotangents))
+        return jax.jit(lambda x: jax.vjp(outputs, x)[1](cotangents)[0])(arrays)
+
+
+def gradients(name, dtype):
+    """Of the interpreted kernels, with the residuals of xla."""
+    arrays, ids, (do, dstate) = draw(CASES[name])
+    wide = {"q", "k", "v"}
+    x = {n: jnp.asarray(a, dtype if n in wide else jnp.float32) for n, a in arrays.items()}
+    runs = None if ids is None else api.run_numbers(jnp.asarray(ids))
+    operands = (*(x[n] for n in NAMES[:-1]), runs, x["initial_state"])
+    params = api.GatedDeltaParams(
+        x["q"].shape[-1] ** -0.5, api.GatedDeltaConfig(), x["q"].shape, x["v"].shape, dtype, True
+    )
+    t_inv, states = xla.forward(params, *operands)[2:]
+    cotangents = jnp.asarray(do, dtype), jnp.asarray(dstate, jnp.float32)
+    with interpreted():
+        results = mosaic_gpu_backward.backward(params, *operands, t_inv, states, *cotangents)
+    return dict(zip(NAMES, results, strict=True))
+
+
+@NEWEST
+@pytest.mark.parametrize("name", CASES)
+def test_in_float32(name, capsys):
+    """The kernels' mathematics, exactly, and no races: interpreted operands may be fp32."""
+    got = gradients(name, jnp.float32)
+    assert "RACE DETECTED" not in capsys.readouterr().out
+    for of, want in truth(name).items():
+        rel = 3e-6 * CANCELS.get((name, of), 1)
+        assert_close(f"{name} d_{of}", want, got[of], rel)
+
+
+@NEWEST
+@pytest.mark.parametrize("name", ["documents", "wide"])
+def test_in_bfloat16(name):
+    """What the device computes, as far as the interpreter goes."""
+    got = gradients(name, jnp.bfloat16)
+    for of, want in truth(name).items():
+        assert_close(f"{name} d_{of}", want, got[of], 1.2e-2)
+
+
+@NEWEST
+def test_races_are_seen(capsys, monkeypatch):
+    """Without fences between stores to shared memory and their readers, the interpreter objects."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
+    said = ""
+    try:
+        gradients("extreme", jnp.float32)
+    except jax.errors.JaxRuntimeError as error:  # since jax 0.12; before, it is printed
+        said = str(error)
+    assert "RACE DETECTED" in said + capsys.readouterr().out
+
+
+@NEWEST
+@pytest.mark.aot_gpu
+@pytest.mark.parametrize("H", [64, 128])
+def test_compiles_for_hopper(H, monkeypatch, capfd):
+    """No register is spilled and a block's shared memory suffices."""
+    B, T, K, R, Z, C = 2, 200, 2, 4, 4, 64
+    params = api.GatedDeltaParams(
+        1.0, api.GatedDeltaConfig(), (B, T, K, H), (B, T, R, H), jnp.bfloat16, True
+    )
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    gate, state = array(B, T, R, dtype=jnp.float32), array(B, R, H, H, dtype=jnp.float32)
+    key, value = array(B, T, K, H), array(B, T, R, H)
+    operands = (key, key, value, gate, gate, array(B, T, dtype=jnp.int32), state)
+    residuals = array(Z, B, R, C, C), array(Z, B, R, H, H)
+    backward = functools.partial(mosaic_gpu_backward.backward, params)
+    found = h100.resources(backward, (*operands, *residuals, value, state), monkeypatch, capfd)
+    assert set(found) == {"gdn_sweep", "gdn_gradients"}
+    for name, (spills, shared) in found.items():
+        assert spills == 0, f"{name}: {spills} bytes spilled"
+        assert shared <= h100.SHARED_MEMORY, f"{name}: {shared} bytes of shared memory"

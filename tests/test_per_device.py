@@ -1,0 +1,87 @@
+"""A kernel on a mesh: devices run their parts; results and gradients are those of one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hydrajax.config import MeshConfig
+from hydrajax.deltanet import _HEADS, _RULE_AXES, _STATE
+from hydrajax.sharding import make_mesh, one_device, per_device
+from pallas_kernels import gated_delta_rule
+from pallas_kernels.dispatch import device_kind
+
+T, H = 24, 8
+
+
+def arrays(rows: int, heads: int) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(rows, T, heads, H)) for _ in range(3))
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    floats = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "g": -rng.uniform(0, 0.3, (rows, T, heads)),
+        "beta": rng.uniform(0, 1, (rows, T, heads)),
+        "initial_state": rng.normal(size=(rows, heads, H, H)),
+    }
+    ids = np.cumsum(rng.uniform(size=(rows, T)) < 0.1, 1)
+    floats = {name: jnp.asarray(x, jnp.float32) for name, x in floats.items()}
+    return floats | {"segment_ids": jnp.asarray(ids, jnp.int32)}
+
+
+def rule(**arrays):
+    return gated_delta_rule(**arrays, implementation="xla")
+
+
+def value_and_grads(op, arrays):
+    """Outputs, and gradients for a cotangent that differs in every element."""
+    ids = {"segment_ids": arrays["segment_ids"]}
+    floats = {name: x for name, x in arrays.items() if name not in ids}
+
+    def loss(floats):
+        outputs = op(**floats, **ids)
+        terms = [jnp.sum(x * jnp.cos(jnp.arange(x.size)).reshape(x.shape)) for x in outputs]
+        return sum(terms), outputs
+
+    (_, outputs), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(floats)
+    return jax.device_get((outputs, grads))
+
+
+@pytest.mark.parametrize("rows, heads", [(4, 2), (4, 3), (3, 2)], ids=["both", "rows", "heads"])
+def test_parts_make_the_whole(rows, heads):
+    """Rows or heads that do not divide are kept whole, and their gradients are not added up."""
+    given = arrays(rows, heads)
+    want = value_and_grads(rule, given)
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        got = value_and_grads(per_device(rule, _RULE_AXES, (_HEADS, _STATE)), given)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), got, want)
+
+
+def test_every_device_sees_its_part_alone():
+    """An op that XLA could not split sees the local shapes; the rest of the program sees all."""
+    seen = []
+
+    def op(q, segment_ids):
+        seen.append((q.shape, segment_ids.shape, device_kind()))
+        return (2 * q,)
+
+    given = {name: x for name, x in arrays(4, 6).items() if name in ("q", "segment_ids")}
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        (out,) = jax.jit(per_device(op, _RULE_AXES, (_HEADS,)))(**given)
+    assert seen == [((1, T, 3, H), (1, T), "cpu")]
+    np.testing.assert_array_equal(out, 2 * given["q"])
+    assert out.sharding.spec == jax.P(("data", "fsdp"), None, "model")
+
+
+def test_one_device_is_left_alone_and_known():
+    def op(q):
+        seen.append((q.shape, device_kind()))
+        return (q,)
+
+    seen, q = [], jnp.zeros((4, T, 2, H))
+    per_device(op, _RULE_AXES, (_HEADS,))(q=q)
+    with jax.set_mesh(one_device()):
+        jax.jit(per_device(op, _RULE_AXES, (_HEADS,)))(q=q)
+    assert seen == [(q.shape, None), (q.shape, "cpu")]
