@@ -75,6 +75,16 @@ def recurrence(scale, q, k, v, gates, t_inv, starts, residuals):
             def _(slot=slot):
                 fetch(first + slot, slot)
 
+        def scores(q_i, k_i, gate_i):
+            """P; the decays are computed while the product is."""
+
+            def multiply(acc):
+                plgpu.wgmma(acc, q_i, k_i.T)
+                decays = scale * decay(gate_i.at[CUMULATIVE], gate_i.at[RUN])
+                return decays * acc[...]
+
+            return pl.run_scoped(multiply, plgpu.ACC((C, C), jnp.float32))
+
         def chunk(i, state):
             z, slot = first + i, jax.lax.rem(i, jnp.array(SLOTS, i.dtype))
             plgpu.barrier_wait(full.at[slot])
@@ -82,9 +92,7 @@ def recurrence(scale, q, k, v, gates, t_inv, starts, residuals):
             k_i, q_i = kq_i.at[pl.ds(0, C)], kq_i.at[pl.ds(C, C)]
             s = state.astype(dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            (scores,) = products([(q_i, k_i.T)])
-            p = scale * decay(gate_i.at[CUMULATIVE], gate_i.at[RUN]) * scores
-            p_s[...] = p.astype(dtype)
+            p_s[...] = scores(q_i, k_i, gate_i).astype(dtype)
             if residuals:
                 state_s.T[...] = s
             plgpu.commit_smem()
