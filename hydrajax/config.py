@@ -41,9 +41,9 @@ STAGE_PRESETS: dict[str, dict[str, Any]] = {
 }
 SELECT_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": dict(alloc="global"),
+    "paper": dict(alloc="global", fuse_norm="minmax"),
     "halo": dict(scorer="layerwise", alloc="layerwise"),
-    "safe": {},
+    "safe": dict(scorer="patch_recv"),
 }
 
 
@@ -118,7 +118,9 @@ class HydraConfig:
 class SelectConfig:
     """Which heads stay full attention, and how that is measured."""
 
-    scorer: str = "patch_recv"  # patch_recv | random | fixed | layerwise
+    scorer: str = "patch"  # patch | patch_recv | atp | ppl | random | fixed | layerwise
+    general: str = "ppl"  # fused with the scorer's retrieval: ppl | none
+    fuse_norm: str = "rank"  # rank | minmax: how capabilities become comparable
     alloc: str = "global_c"  # global | global_c (>= 1 a layer) | per_layer | layerwise
     unit: str = "q_head"  # q_head | kv_group
     ratio: float = 0.25  # share of units that stay full attention
@@ -134,10 +136,15 @@ class SelectConfig:
     ie_floor: float = 0.01  # an effect counts for consistency above this
     min_gap: float = 0.5  # a pair with a smaller clean-corrupt gap is rejected
     answer_prefix: str = "clean"  # clean | own: what both runs are teacher-forced on
+    sender_rounds: int = 2  # rounds of path patching; 0: receivers alone
+    text_rows: int = 16  # rows of plain text (data.files, training part) for `ppl`
+    text_tokens: int = 512  # tokens of such a row
 
     def __post_init__(self):
         check_choices("select", self, {
-            "scorer": ("patch_recv", "random", "fixed", "layerwise"),
+            "scorer": ("patch", "patch_recv", "atp", "ppl", "random", "fixed", "layerwise"),
+            "general": ("ppl", "none"),
+            "fuse_norm": ("rank", "minmax"),
             "alloc": ("global", "global_c", "per_layer", "layerwise"),
             "unit": ("q_head", "kv_group"),
             "answer_prefix": ("clean", "own"),
@@ -146,6 +153,11 @@ class SelectConfig:
             raise UserError(
                 "select needs rows >= 1, pairs >= min_pairs >= 1 and context >= 8, got "
                 f"{self.rows}, {self.pairs}, {self.min_pairs}, {self.context}."
+            )
+        if self.sender_rounds < 0 or self.text_rows < 1 or self.text_tokens < 2:
+            raise UserError(
+                "select needs sender_rounds >= 0, text_rows >= 1 and text_tokens >= 2, got "
+                f"{self.sender_rounds}, {self.text_rows}, {self.text_tokens}."
             )
         if not 0 <= self.ratio <= 1:
             raise UserError(f"select.ratio must lie in [0, 1], got {self.ratio}.")

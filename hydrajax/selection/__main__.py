@@ -12,18 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
-from flax import nnx
 from ml_collections import config_flags
 
 from hydrajax.checkpoint import Run, hash_params, load_run, make_lineage
 from hydrajax.command import run_command
 from hydrajax.config import KernelConfig, RunConfig, SelectConfig, to_plain
 from hydrajax.head_plan import HeadPlan
-from hydrajax.model import load_model
+from hydrajax.model import Model, bind, load_model
 from hydrajax.selection import budget, report
-from hydrajax.selection.scorers import SCORERS, Context, Scores
+from hydrajax.selection.scorers import Context, Scores, score
+from hydrajax.selection.work import Work
 from hydrajax.tokenizer import load_tokenizer
-from hydrajax.typing import Params, UserError
+from hydrajax.typing import UserError
 
 # What a control's plan depends on; the rest of SelectConfig says how effects are measured.
 CONTROL_SETTINGS = ("scorer", "alloc", "unit", "ratio", "layers", "seed")
@@ -40,23 +40,26 @@ def select(cfg: RunConfig, command: list[str]) -> Path:
     if run.info.plan != HeadPlan.all_full(model.num_layers, model.num_heads, model.num_kv_heads):
         raise UserError(f"config.teacher={cfg.teacher} is a student; give its teacher's folder.")
     budget.check(cfg.select, model)
+    out, teacher_hash = Path(cfg.out), hash_params(run.params)
     context = Context(
         cfg.select,
         model,
-        load_teacher=partial(_on_device, run, cfg.kernels),
+        cfg.data,
+        load_model=partial(_on_device, run, cfg.kernels),
         load_tokenizer=partial(load_tokenizer, cfg.tokenizer or cfg.teacher),
+        work=Work(out / "parts", _identity(cfg, teacher_hash), show=sys.stdout.isatty()),
     )
     # Effects are small differences: no TF32 or bf16 passes hidden behind fp32 arrays.
-    with jax.default_matmul_precision("float32"):
-        scores = SCORERS[cfg.select.scorer](context)
+    with jax.default_matmul_precision("float32"), context.work.shown():
+        scores = score(context)
     plan = budget.make_plan(scores.keys, cfg.select, model)
-    share = budget.tie_share(scores.score, plan, cfg.select, model) if scores.measured else None
+    share = budget.tie_share(scores.strength, plan, cfg.select, model) if scores.measured else None
     facts = (
         _provenance(cfg.select, scores)
         | make_lineage(command, None)
         | {
             "teacher": cfg.teacher,
-            "teacher_hash": hash_params(run.params),
+            "teacher_hash": teacher_hash,
             "tie_share": share,
             "device": jax.devices()[0].device_kind,
             "seconds": round(time.perf_counter() - began, 1),
@@ -64,19 +67,27 @@ def select(cfg: RunConfig, command: list[str]) -> Path:
     )
     del facts["parent"], facts["parent_hash"]  # the teacher, under its own name
 
-    out = Path(cfg.out)
     record = report.heads_record(scores, plan, model, cfg.hydra, facts)
     report.write(out, record, report.draw(scores, plan, cfg.select.scorer))
     print(report.summary(record, plan, cfg.select))
     print(f"wrote {out / 'heads.json'} and heads.png in {facts['seconds']} s")
+    context.work.clear()
     print(f"next: train.py, stage align, --config.teacher={cfg.teacher} "
           f"--config.heads={out / 'heads.json'}")  # fmt: skip
     return out / "heads.json"
 
 
-def _on_device(run: Run, kernels: KernelConfig) -> tuple[nnx.GraphDef, Params]:
+def _on_device(run: Run, kernels: KernelConfig) -> Model:
     graphdef, params = load_model(run, dtype=jnp.float32, kernels=kernels)
-    return graphdef, jax.device_put(params)
+    return bind(graphdef, jax.device_put(params))
+
+
+def _identity(cfg: RunConfig, teacher_hash: str) -> dict[str, Any]:
+    """What a part of the measurement depends on; the choice from scores may change between runs."""
+    settings = to_plain(cfg.select)
+    measured = {k: v for k, v in settings.items() if k not in (*CONTROL_SETTINGS, "fuse_norm")}
+    measured["seed"] = cfg.select.seed
+    return {"select": measured, "data": to_plain(cfg.data), "teacher": teacher_hash}
 
 
 def _provenance(cfg: SelectConfig, scores: Scores) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""Ablation: what is lost when heads give their mean, or nothing, in place of their output.
+
+    O_n <- mean over tokens of O_n, or 0          everything downstream is recomputed
+
+All N heads of a layer are ablated at once, as N streams that start from the layer's clean
+residual: L·N ablations cost half as many forward passes as they would from the tokens.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hydrajax.losses import next_tokens, sum_over_chunks
+from hydrajax.model import Model
+from hydrajax.selection import streams
+from hydrajax.typing import Array, Float
+
+LOGIT_TOKENS = 8192  # tokens, of all streams, whose logits exist at a time
+
+Rows = dict[str, np.ndarray]  # tokens, segment_ids, positions, loss_mask; each [B, T]
+Read = Callable[[Float[Array, "R T D"]], Float[Array, "R"]]  # a number of each finished stream
+
+
+def head_sums(model: Model, batch: Rows) -> Float[Array, "L N H"]:
+    """Output of every head summed over the batch's tokens, padding left out."""
+    x, seq = streams.begin(model, *(batch[k] for k in ("tokens", "segment_ids", "positions")))
+    sums = []
+    for block in model.layers:
+        x, _, o_BTNH = streams.tapped(block, x, seq)
+        sums.append(_token_sum(o_BTNH, seq.segment_ids))
+    return jnp.stack(sums)
+
+
+def each_head(
+    model: Model, batch: Rows, values: Float[Array, "L N H"], read: Read
+) -> Float[Array, "L B N"]:
+    """`read` of the batch with each head in turn at its value: one row of streams per row."""
+    x, seq = streams.begin(model, *(batch[k] for k in ("tokens", "segment_ids", "positions")))
+    heads, out = np.arange(values.shape[1]), []
+    many = streams.widen(seq, len(heads))
+    for l, block in enumerate(model.layers):
+        after, attn_out, o_BTNH = streams.tapped(block, x, seq)
+        x_RTD = streams.shifted(block, x, attn_out, values[l] - o_BTNH, heads)
+        for later in list(model.layers)[l + 1 :]:
+            x_RTD = streams.plain(later, x_RTD, many)
+        out.append(read(x_RTD).reshape(x.shape[0], -1))
+        x = after
+    return jnp.stack(out)
+
+
+def loss_rise(model: Model, batch: Rows, values: Float[Array, "L N H"]) -> Float[Array, "L N"]:
+    """Rise of the summed loss of plain text, in nats, by single-head ablation."""
+    targets, weights = next_tokens({k: jnp.asarray(v) for k, v in batch.items()})
+
+    def nats(x_RTD):
+        return _nats(model, x_RTD, targets, weights)
+
+    x, seq = streams.begin(model, *(batch[k] for k in ("tokens", "segment_ids", "positions")))
+    for block in model.layers:
+        x = streams.plain(block, x, seq)
+    return (each_head(model, batch, values, nats) - nats(x)[:, None]).sum(1)
+
+
+def scored_tokens(batch: Rows) -> float:
+    """Tokens, by weight, that `loss_rise` sums over."""
+    return float(next_tokens({k: jnp.asarray(v) for k, v in batch.items()})[1].sum())
+
+
+@jax.jit
+def _token_sum(o: Float[Array, "B T N H"], segment_ids) -> Float[Array, "N H"]:
+    return jnp.einsum("btnh,bt->nh", o.astype(jnp.float32), (segment_ids > 0).astype(jnp.float32))
+
+
+@jax.jit
+def _nats(model: Model, x: Float[Array, "R T D"], targets, weights) -> Float[Array, "R"]:
+    """Cross entropy of each stream, summed over its tokens."""
+    streams_of = x.shape[0] // targets.shape[0]
+
+    def nats(x_RtD, targets_Rt, weights_Rt):
+        logits = model.logits(model.norm(x_RtD))
+        picked = jnp.take_along_axis(logits, targets_Rt[..., None], axis=-1)[..., 0]
+        return jnp.sum(weights_Rt * (jax.nn.logsumexp(logits, axis=-1) - picked), axis=1)
+
+    wide = (x, jnp.repeat(targets, streams_of, 0), jnp.repeat(weights, streams_of, 0))
+    return sum_over_chunks(nats, wide, LOGIT_TOKENS)
