@@ -137,7 +137,7 @@ class SelectConfig:
     min_gap: float = 0.5  # a pair with a smaller clean-corrupt gap is rejected
     answer_prefix: str = "clean"  # clean | own: what both runs are teacher-forced on
     sender_rounds: int = 2  # rounds of path patching; 0: receivers alone
-    text_rows: int = 16  # rows of plain text (data.files, training part) for `ppl`
+    text_rows: int = 32  # rows of plain text (data.files, training part) for `ppl`
     text_tokens: int = 512  # tokens of such a row
 
     def __post_init__(self):

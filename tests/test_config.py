@@ -85,6 +85,8 @@ seed
 select.alloc
 select.answer_prefix
 select.context
+select.fuse_norm
+select.general
 select.ie_floor
 select.layers
 select.min_gap
@@ -95,7 +97,10 @@ select.ratio
 select.rows
 select.scorer
 select.seed
+select.sender_rounds
 select.span_decay
+select.text_rows
+select.text_tokens
 select.unit
 stage
 teacher

@@ -20,7 +20,8 @@ from hydrajax.tokenizer import load_tokenizer, save_tokenizer
 from hydrajax.typing import UserError
 
 CODE = 128  # one direction per ASCII character
-SELECT = SelectConfig(probes=("recall",), context=64, pairs=8, alloc="global", ratio=1 / 6, rows=8)
+SELECT = SelectConfig(probes=("recall",), context=64, pairs=8, alloc="global", ratio=1 / 6, rows=8,
+                      scorer="patch_recv", general="none")  # fmt: skip
 CONFIG = """
 from configs import common
 
@@ -30,6 +31,8 @@ def get_config(argument=None):
     config.select.context = 64
     config.select.alloc = "global"
     config.select.ratio = 1 / 6
+    config.select.scorer = "patch_recv"
+    config.select.general = "none"
     return config
 """
 

@@ -15,6 +15,7 @@ def get_config(argument: str | None = None):
     config.teacher = TEACHER
     config.out = common.run_dir(FAMILY, options["arm"], "select")
     config.select.context = 1024
+    config.select.text_rows = 64
     config.data.files = (TEXT,)
     common.set_arm(config, options["arm"])
     return common.smoke(config) if options["smoke"] else config
