@@ -40,15 +40,7 @@ def select(cfg: RunConfig, command: list[str]) -> Path:
     if run.info.plan != HeadPlan.all_full(model.num_layers, model.num_heads, model.num_kv_heads):
         raise UserError(f"config.teacher={cfg.teacher} is a student; give its teacher's folder.")
     budget.check(cfg.select, model)
-    out, teacher_hash = Path(cfg.out), hash_params(run.params)
-    context = Context(
-        cfg.select,
-        model,
-        cfg.data,
-        load_model=partial(_on_device, run, cfg.kernels),
-        load_tokenizer=partial(load_tokenizer, cfg.tokenizer or cfg.teacher),
-        work=Work(out / "parts", _identity(cfg, teacher_hash), show=sys.stdout.isatty()),
-    )
+    out, context = Path(cfg.out), make_context(cfg, run)
     # Effects are small differences: no TF32 or bf16 passes hidden behind fp32 arrays.
     with jax.default_matmul_precision("float32"), context.work.shown():
         scores = score(context)
@@ -59,7 +51,7 @@ def select(cfg: RunConfig, command: list[str]) -> Path:
         | make_lineage(command, None)
         | {
             "teacher": cfg.teacher,
-            "teacher_hash": teacher_hash,
+            "teacher_hash": hash_params(run.params),
             "tie_share": share,
             "device": jax.devices()[0].device_kind,
             "seconds": round(time.perf_counter() - began, 1),
@@ -68,13 +60,26 @@ def select(cfg: RunConfig, command: list[str]) -> Path:
     del facts["parent"], facts["parent_hash"]  # the teacher, under its own name
 
     record = report.heads_record(scores, plan, model, cfg.hydra, facts)
-    report.write(out, record, report.draw(scores, plan, cfg.select.scorer))
+    report.write(out, record, report.draw(scores, plan, cfg.select.scorer), scores.effects)
     print(report.summary(record, plan, cfg.select))
     print(f"wrote {out / 'heads.json'} and heads.png in {facts['seconds']} s")
     context.work.clear()
     print(f"next: train.py, stage align, --config.teacher={cfg.teacher} "
           f"--config.heads={out / 'heads.json'}")  # fmt: skip
     return out / "heads.json"
+
+
+def make_context(cfg: RunConfig, run: Run) -> Context:
+    """What scorers may use of a loaded teacher; parts of the measurement are kept in `out`."""
+    identity = _identity(cfg, hash_params(run.params))
+    return Context(
+        cfg.select,
+        run.info.model,
+        cfg.data,
+        load_model=partial(_on_device, run, cfg.kernels),
+        load_tokenizer=partial(load_tokenizer, cfg.tokenizer or cfg.teacher),
+        work=Work(Path(cfg.out) / "parts", identity, show=sys.stdout.isatty()),
+    )
 
 
 def _on_device(run: Run, kernels: KernelConfig) -> Model:

@@ -29,7 +29,7 @@ def head_sums(model: Model, batch: Rows) -> Float[Array, "L N H"]:
     sums = []
     for block in model.layers:
         x, _, o_BTNH = streams.tapped(block, x, seq)
-        sums.append(_token_sum(o_BTNH, seq.segment_ids))
+        sums.append(streams.token_sum(o_BTNH, seq.segment_ids))
     return jnp.stack(sums)
 
 
@@ -66,11 +66,6 @@ def loss_rise(model: Model, batch: Rows, values: Float[Array, "L N H"]) -> Float
 def scored_tokens(batch: Rows) -> float:
     """Tokens, by weight, that `loss_rise` sums over."""
     return float(next_tokens({k: jnp.asarray(v) for k, v in batch.items()})[1].sum())
-
-
-@jax.jit
-def _token_sum(o: Float[Array, "B T N H"], segment_ids) -> Float[Array, "N H"]:
-    return jnp.einsum("btnh,bt->nh", o.astype(jnp.float32), (segment_ids > 0).astype(jnp.float32))
 
 
 @jax.jit

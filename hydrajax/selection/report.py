@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from hydrajax.config import HydraConfig, ModelConfig, SelectConfig
 from hydrajax.head_plan import FORMAT_VERSION, HeadPlan, cache_bytes, ratios
 from hydrajax.manifest import write_atomic
+from hydrajax.selection.fusion import PairEffects
 from hydrajax.selection.scorers import Scores
 from hydrajax.typing import Float
 
@@ -37,6 +38,7 @@ def heads_record(
         "scores": scores.score.tolist(),
         "raw_mean": scores.raw_mean.tolist(),
         "consistency": scores.consistency.tolist(),
+        "capabilities": {name: part.tolist() for name, part in scores.parts.items()},
         "per_probe": {task: effect.tolist() for task, effect in scores.per_probe.items()},
         "ratios": ratios(plan, model.head_dim, **how),
         "cache_bytes": {
@@ -50,12 +52,16 @@ def heads_record(
     }
 
 
-def write(folder: Path, record: dict[str, Any], figure: Figure) -> None:
-    """heads.png, then heads.json: who finds the second finds both."""
+def write(
+    folder: Path, record: dict[str, Any], figure: Figure, effects: PairEffects | None = None
+) -> None:
+    """effects.npz and heads.png, then heads.json: who finds the last finds all."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)  # a Figure without pyplot draws with Agg
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "heads.png", image.getvalue())
+    if effects is not None:
+        write_atomic(folder / "effects.npz", effects.to_bytes())
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     write_atomic(folder / "heads.json", text.encode())
 
@@ -99,7 +105,7 @@ def summary(record: dict[str, Any], plan: HeadPlan, cfg: SelectConfig) -> str:
     if provenance["tie_share"] is not None:
         lines += [
             f"ties: {provenance['tie_share']:.1%} of the budget scores below {cfg.ie_floor:g}; "
-            "there the order is raw mean effect, then balance over layers, then the seed",
+            "there the order is raw mean effect, attribution, rise of the loss, balance, the seed",
             f"top heads: {_top(np.array(record['scores']))}",
         ]
     return "\n".join(lines)

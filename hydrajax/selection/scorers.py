@@ -1,8 +1,6 @@
 """Scorers: functions from a Context to Scores. A new one is a function here and a line in SCORERS.
 
-κ_n = share of probes whose mean effect of head n exceeds ie_floor
-s_n = clip(max of mean receiver and mean sender effect, 0, 1) · κ_n
-                                                       (HydraHead, 2606.20097, Eq. 11-12)
+Scores from pairs follow `fusion`: effects → κ → one capability, then fused with general ability.
 """
 
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from hydrajax.data import make_pipeline
 from hydrajax.data.synthetic import check_task
 from hydrajax.model import Model
 from hydrajax.selection import ablation, attribution, budget, patching, paths
-from hydrajax.selection.fusion import fuse
+from hydrajax.selection.fusion import PairEffects, fuse
 from hydrajax.selection.probes import Probe, batches, collect
 from hydrajax.selection.work import Work
 from hydrajax.tokenizer import Tokenizer
@@ -39,6 +37,7 @@ class Scores:
     parts: dict[str, Float[np.ndarray, "L N"]] = field(default_factory=dict)  # score by capability
     tie_breaks: tuple[Float[np.ndarray, "L N"], ...] = ()  # further keys, after raw_mean
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # pairs of each probe
+    effects: PairEffects | None = None  # what the score is made of, where pairs were measured
     measured: bool = False  # False for controls, whose scores mean nothing but an order
 
     @property
@@ -115,36 +114,30 @@ class Context:
         measured = self.work.each(name, parts, lambda part: effects(part[0])[: part[1]])
         return np.concatenate(measured).astype(np.float64)
 
-    def by_probe(self, effects_QLN: np.ndarray) -> dict[str, Float[np.ndarray, "L N"]]:
-        """Mean effects of each probe."""
-        ends = np.cumsum([len(probe.pairs) for probe in self.probes])[:-1]
-        parts = np.split(effects_QLN, ends)
-        return {probe.task: e.mean(0) for probe, e in zip(self.probes, parts, strict=True)}
-
 
 def patch(context: Context) -> Scores:
     """Receivers and senders: heads that carry the answer, directly or through others."""
     direct, floor = _receivers(context), context.cfg.ie_floor
     receivers = direct.mean(0) >= floor
-    carriers, effects = np.zeros_like(receivers), [direct]
-    for round_ in range(context.cfg.sender_rounds):
+    carriers, kinds = np.zeros_like(receivers), {"receivers": direct}
+    for name in [f"senders_{i + 1}" for i in range(context.cfg.sender_rounds)]:
         roles = paths.Roles(np.ones_like(receivers), receivers, carriers)
-        effects.append(_senders(context, f"senders {round_ + 1}", roles))
-        found = (effects[-1].mean(0) >= floor) & ~receivers & ~carriers
+        kinds[name] = _senders(context, name, roles)
+        found = (kinds[name].mean(0) >= floor) & ~receivers & ~carriers
         if not found.any():
             break
         carriers = carriers | found
-    return _combine(context, *effects)
+    return _combine(context, **kinds)
 
 
 def patch_recv(context: Context) -> Scores:
     """Receivers: heads whose clean output at the answer carries it."""
-    return _combine(context, _receivers(context))
+    return _combine(context, receivers=_receivers(context))
 
 
 def atp(context: Context) -> Scores:
     """Attribution patching, both kinds of effect at once and to first order."""
-    return _combine(context, np.abs(_attributions(context)))
+    return _combine(context, atp=np.abs(_attributions(context)))
 
 
 def ppl(context: Context) -> Scores:
@@ -229,7 +222,7 @@ def _senders(context: Context, name: str, roles: paths.Roles) -> Float[np.ndarra
     pairs = [context.probes[i].pairs[p] for i, p in places]
     first_Q = place_Q < SCREEN_PAIRS
     pick = lambda chosen_Q: [pair for pair, yes in zip(pairs, chosen_Q, strict=True) if yes]  # noqa: E731
-    effects_QLN[first_Q] = _send(context, f"{name}, screen", roles, pick(first_Q))
+    effects_QLN[first_Q] = _send(context, f"{name}_screen", roles, pick(first_Q))
     few_ILN = np.stack([
         effects_QLN[first_Q & (probe_Q == i)].mean(0) for i in range(len(context.probes))
     ])  # fmt: skip
@@ -260,15 +253,20 @@ def _loss_rise(context: Context) -> Float[np.ndarray, "L N"]:
     return np.asarray(sum(rises), np.float64) / sum(map(ablation.scored_tokens, text))
 
 
-def _combine(context: Context, *kinds: Float[np.ndarray, "Q L N"]) -> Scores:
-    """Scores of one capability from the effects on every pair, the larger of several kinds."""
-    by_probe = [context.by_probe(effects_QLN) for effects_QLN in kinds]
-    per_probe = {task: np.max([kind[task] for kind in by_probe], axis=0) for task in by_probe[0]}
-    raw_mean = np.max([np.mean(list(kind.values()), axis=0) for kind in by_probe], axis=0)
-    consistency = (np.stack(list(per_probe.values())) > context.cfg.ie_floor).mean(0)
-    counts = {probe.task: probe.counts() for probe in context.probes}
-    score = np.clip(raw_mean, 0, 1) * consistency
-    return Scores(score, raw_mean, consistency, per_probe, counts=counts, measured=True)
+def _combine(context: Context, **kinds: Float[np.ndarray, "Q L N"]) -> Scores:
+    """Scores of one capability from the effects on every pair."""
+    probes, floor = context.probes, context.cfg.ie_floor
+    of_pair = np.repeat(np.arange(len(probes)), [len(probe.pairs) for probe in probes])
+    effects = PairEffects(kinds, of_pair)
+    return Scores(
+        effects.score(floor),
+        effects.raw_mean(),
+        effects.consistency(floor),
+        {p.task: e for p, e in zip(probes, effects.by_probe(), strict=True)},
+        counts={probe.task: probe.counts() for probe in probes},
+        effects=effects,
+        measured=True,
+    )
 
 
 def _control(context: Context, score: Float[np.ndarray, "LN"]) -> Scores:

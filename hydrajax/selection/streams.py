@@ -108,6 +108,13 @@ def gather(x: Float[Array, "R T ..."], at: Int[Array, "R P"]) -> Float[Array, "R
 
 
 @jax.jit
+def token_sum(x: Float[Array, "B T N H"], segment_ids: Int[Array, "B T"]) -> Array:
+    """Sum over real tokens, [N, H] in fp32."""
+    real_BT = (segment_ids > 0).astype(jnp.float32)
+    return jnp.einsum("btnh,bt->nh", x.astype(jnp.float32), real_BT)
+
+
+@jax.jit
 def final_norm(norm: nnx.Module, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return norm(x)
 
