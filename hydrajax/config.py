@@ -118,7 +118,8 @@ class HydraConfig:
 class SelectConfig:
     """Which heads stay full attention, and how that is measured."""
 
-    scorer: str = "patch"  # patch | patch_recv | atp | ppl | random | fixed | layerwise
+    scorer: str = "patch"  # patch | patch_recv | atp | ablate | retrieval | ppl; random | fixed |
+    #                        layerwise are controls
     general: str = "ppl"  # fused with the scorer's retrieval: ppl | none
     fuse_norm: str = "rank"  # rank | minmax: how capabilities become comparable
     alloc: str = "global_c"  # global | global_c (>= 1 a layer) | per_layer | layerwise
@@ -136,13 +137,16 @@ class SelectConfig:
     ie_floor: float = 0.01  # an effect counts for consistency above this
     min_gap: float = 0.5  # a pair with a smaller clean-corrupt gap is rejected
     answer_prefix: str = "clean"  # clean | own: what both runs are teacher-forced on
+    ablation: str = "mean"  # mean | zero: what a head gives under scorer `ablate`
     sender_rounds: int = 2  # rounds of path patching; 0: receivers alone
     text_rows: int = 32  # rows of plain text (data.files, training part) for `ppl`
     text_tokens: int = 512  # tokens of such a row
 
     def __post_init__(self):
         check_choices("select", self, {
-            "scorer": ("patch", "patch_recv", "atp", "ppl", "random", "fixed", "layerwise"),
+            "scorer": ("patch", "patch_recv", "atp", "ablate", "retrieval", "ppl",
+                       "random", "fixed", "layerwise"),
+            "ablation": ("mean", "zero"),
             "general": ("ppl", "none"),
             "fuse_norm": ("rank", "minmax"),
             "alloc": ("global", "global_c", "per_layer", "layerwise"),

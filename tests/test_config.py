@@ -82,6 +82,7 @@ optim.weight_decay
 out
 parent
 seed
+select.ablation
 select.alloc
 select.answer_prefix
 select.context

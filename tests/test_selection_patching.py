@@ -45,7 +45,7 @@ def random_pairs(count, vocab=31, seed=0):
         corrupt[3 : 3 + span] = (clean[3 : 3 + span] + 1 + rng.integers(vocab - 1)) % vocab
         answer = rng.integers(vocab, size=span)
         other = (answer + 1) % vocab
-        pairs.append(Pair(*(tuple(map(int, x)) for x in (clean, corrupt, answer, other))))
+        pairs.append(Pair(*(tuple(map(int, x)) for x in (clean, corrupt, answer, other)), 3))
     return pairs
 
 

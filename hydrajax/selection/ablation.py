@@ -14,7 +14,8 @@ import numpy as np
 
 from hydrajax.losses import next_tokens, sum_over_chunks
 from hydrajax.model import Model
-from hydrajax.selection import streams
+from hydrajax.selection import patching, streams
+from hydrajax.selection.probes import Batch
 from hydrajax.typing import Array, Float
 
 LOGIT_TOKENS = 8192  # tokens, of all streams, whose logits exist at a time
@@ -61,6 +62,33 @@ def loss_rise(model: Model, batch: Rows, values: Float[Array, "L N H"]) -> Float
     for block in model.layers:
         x = streams.plain(block, x, seq)
     return (each_head(model, batch, values, nats) - nats(x)[:, None]).sum(1)
+
+
+def drops(model: Model, batch: Batch, values: Float[Array, "L N H"]) -> Float[Array, "B L N"]:
+    """Drop of the answer's metric by ablation, as a share of m(x) - m(x'): 1 = all is lost."""
+    direction_BPD = patching.answer_direction(model, batch)
+
+    def metric(x_RTD):
+        many = x_RTD.shape[0] // len(batch.at)
+        x_RPD = streams.gather(x_RTD, np.repeat(batch.at, many, axis=0))
+        wide = streams.repeat(direction_BPD, many)
+        return patching.metric(streams.final_norm(model.norm, x_RPD), wide)
+
+    clean, corrupt = patching.read_both(model, batch)
+    m_B, other_B = (patching.metric(r.x, direction_BPD) for r in (clean, corrupt))
+    ablated_LBN = each_head(model, prompts(batch), values, metric)
+    return jnp.moveaxis((m_B[:, None] - ablated_LBN) / (m_B - other_B)[:, None], 0, 1)
+
+
+def prompt_means(model: Model, parts: list[Batch]) -> Float[Array, "L N H"]:
+    """Mean output of every head over the clean prompts."""
+    tokens = sum(int((batch.segment_ids > 0).sum()) for batch in parts)
+    return sum(head_sums(model, prompts(batch)) for batch in parts) / tokens
+
+
+def prompts(batch: Batch) -> Rows:
+    """The clean prompts of a batch as rows of text."""
+    return {"tokens": batch.clean, "segment_ids": batch.segment_ids, "positions": None}
 
 
 def scored_tokens(batch: Rows) -> float:

@@ -7,7 +7,6 @@ hardly touch it. Ablated heads give their mean output, everything downstream is 
           divided by the largest share: 1 = nothing is lost
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -62,7 +61,7 @@ def measure(context: Context, score_LN: Float[np.ndarray, "L N"], per_probe: int
     flat = keep.reshape(-1, *score_LN.shape)
     model = context.model
     with jax.default_matmul_precision("tensorfloat32"):
-        means = pair_means(model, [part for part, _ in parts])
+        means = ablation.prompt_means(model, [part for part, _ in parts])
         right = context.work.each(
             "knockout",
             parts,
@@ -136,10 +135,3 @@ def _right(model: Model, x: Float[Array, "R P D"], batch: Batch) -> Float[Array,
     answer, weight = (jnp.repeat(a, many, axis=0) for a in (batch.answer, batch.weight))
     hit_RP = (model.logits(model.norm(x)).argmax(-1) == answer) & (weight > 0)
     return hit_RP.sum(-1) / (weight > 0).sum(-1)
-
-
-def pair_means(model: Model, parts: Sequence[Batch]) -> Float[Array, "L N H"]:
-    """Mean output of every head over the clean prompts."""
-    rows = [{"tokens": b.clean, "segment_ids": b.segment_ids, "positions": None} for b in parts]
-    tokens = sum(int((b.segment_ids > 0).sum()) for b in parts)
-    return sum(ablation.head_sums(model, row) for row in rows) / tokens

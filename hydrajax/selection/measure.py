@@ -304,7 +304,7 @@ def random_pair(rng: np.random.Generator, vocab: int, tokens: int, span: int = 7
     corrupt, start = clean.copy(), int(rng.integers(tokens - 2 * span))
     corrupt[start : start + span] = rng.integers(vocab, size=span)
     answer, other = rng.integers(vocab, size=(2, span))
-    return Pair(*(tuple(map(int, ids)) for ids in (clean, corrupt, answer, other)))
+    return Pair(*(tuple(map(int, ids)) for ids in (clean, corrupt, answer, other)), start)
 
 
 def peak_bytes() -> int | None:

@@ -101,6 +101,17 @@ def answer_direction(model: Model, batch: Batch) -> Float[Array, "B P D"]:
     return columns.astype(jnp.float32) * batch.weight[..., None]
 
 
+def copies(model: Model, batch: Batch) -> Float[Array, "B L N"]:
+    """Share of answer tokens whose strongest attention falls on the token being copied."""
+    x, seq = streams.begin(model, batch.clean, batch.segment_ids)
+    out = []
+    for block in model.layers:
+        _, weights_BPNT = streams.attend_at(block, x, seq, batch.at)
+        out.append(_share_on(weights_BPNT, batch))
+        x = streams.plain(block, x, seq)
+    return jnp.stack(out, axis=1)
+
+
 @jax.jit
 def metric(x: Float[Array, "... B P D"], direction: Float[Array, "B P D"]) -> Float[Array, "... B"]:
     """Decayed logit difference over the answer span."""
@@ -113,6 +124,13 @@ def head_deltas(
 ) -> Float[Array, "N B P D"]:
     """What swapping each head's output writes into the residual."""
     return jnp.einsum("bpnh,nhd->nbpd", other - o, w_o.astype(o.dtype))
+
+
+@jax.jit
+def _share_on(weights: Float[Array, "B P N T"], batch: Batch) -> Float[Array, "B N"]:
+    counts_BP1 = (batch.weight > 0)[..., None]
+    hit_BPN = (weights.argmax(-1) == batch.source[..., None]) & counts_BP1
+    return hit_BPN.sum(1) / counts_BP1.sum(1)
 
 
 @jax.jit

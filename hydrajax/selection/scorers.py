@@ -140,6 +140,24 @@ def atp(context: Context) -> Scores:
     return _combine(context, atp=np.abs(_attributions(context)))
 
 
+def ablate(context: Context) -> Scores:
+    """Drop of the answer's metric when a head gives its mean, or nothing (2602.11374)."""
+    model, shape = context.model, context.shape
+    pairs = [pair for probe in context.probes for pair in probe.pairs]
+    values = np.zeros((shape.num_layers, shape.num_heads, shape.head_dim), np.float32)
+    with jax.default_matmul_precision("tensorfloat32"):
+        if context.cfg.ablation == "mean":
+            values = ablation.prompt_means(model, [b for b, _ in batches(pairs, context.cfg)])
+        drops = context.on_pairs("ablate", lambda batch: ablation.drops(model, batch, values))
+    return _combine(context, ablate=drops)
+
+
+def retrieval(context: Context) -> Scores:
+    """Retrieval heads (2404.15574): whose strongest attention falls on the token being copied."""
+    shares = context.on_pairs("retrieval", partial(patching.copies, context.model))
+    return _combine(context, retrieval=shares)
+
+
 def ppl(context: Context) -> Scores:
     """General ability: rise of the loss on plain text, in nats a token, by mean ablation."""
     rise = _loss_rise(context)
@@ -174,6 +192,8 @@ SCORERS: dict[str, Callable[[Context], Scores]] = {
     "patch": patch,
     "patch_recv": patch_recv,
     "atp": atp,
+    "ablate": ablate,
+    "retrieval": retrieval,
     "ppl": ppl,
     "random": random,
     "fixed": fixed,
@@ -227,6 +247,10 @@ def _senders(context: Context, name: str, roles: paths.Roles) -> Float[np.ndarra
         effects_QLN[first_Q & (probe_Q == i)].mean(0) for i in range(len(context.probes))
     ])  # fmt: skip
     alive = np.abs(few_ILN).max(0) >= SCREEN * context.cfg.ie_floor
+    context.log(
+        f"{name}: {roles.receivers.sum()} receivers, {roles.carriers.sum()} carriers, "
+        f"{alive.sum()} of {alive.size} heads past the screen"
+    )
     if not first_Q.all():
         rest = _send(context, name, replace(roles, senders=alive), pick(~first_Q))
         effects_QLN[~first_Q] = np.where(alive, rest, few_ILN[probe_Q[~first_Q]])
