@@ -141,12 +141,14 @@ class SelectConfig:
     sender_rounds: int = 2  # rounds of path patching; 0: receivers alone
     text_rows: int = 32  # rows of plain text (data.files, training part) for `ppl`
     text_tokens: int = 512  # tokens of such a row
+    report: str = "full"  # full (knock-out, stability, agreement: minutes more) | scores
 
     def __post_init__(self):
         check_choices("select", self, {
             "scorer": ("patch", "patch_recv", "atp", "ablate", "retrieval", "ppl",
                        "random", "fixed", "layerwise"),
             "ablation": ("mean", "zero"),
+            "report": ("full", "scores"),
             "general": ("ppl", "none"),
             "fuse_norm": ("rank", "minmax"),
             "alloc": ("global", "global_c", "per_layer", "layerwise"),

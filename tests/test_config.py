@@ -95,6 +95,7 @@ select.min_pairs
 select.pairs
 select.probes
 select.ratio
+select.report
 select.rows
 select.scorer
 select.seed

@@ -20,6 +20,7 @@ from hydrajax.config import KernelConfig, RunConfig, SelectConfig, to_plain
 from hydrajax.head_plan import HeadPlan
 from hydrajax.model import Model, bind, load_model
 from hydrajax.selection import budget, report
+from hydrajax.selection.diagnosis import diagnose
 from hydrajax.selection.scorers import Context, Scores, score
 from hydrajax.selection.work import Work
 from hydrajax.tokenizer import load_tokenizer
@@ -60,9 +61,14 @@ def select(cfg: RunConfig, command: list[str]) -> Path:
     del facts["parent"], facts["parent_hash"]  # the teacher, under its own name
 
     record = report.heads_record(scores, plan, model, cfg.hydra, facts)
-    report.write(out, record, report.draw(scores, plan, cfg.select.scorer), scores.effects)
-    print(report.summary(record, plan, cfg.select))
+    report.write(out, record, scores, plan)
+    told = report.summary(record, plan, cfg.select)
+    print(told)
     print(f"wrote {out / 'heads.json'} and heads.png in {facts['seconds']} s")
+    if cfg.select.report == "full" and scores.effects is not None:
+        with jax.default_matmul_precision("float32"), context.work.shown():
+            report.write_report(out, diagnose(context, scores), told)
+        print(f"wrote {out / 'index.html'} with report.json and figures")
     context.work.clear()
     print(f"next: train.py, stage align, --config.teacher={cfg.teacher} "
           f"--config.heads={out / 'heads.json'}")  # fmt: skip

@@ -8,6 +8,7 @@ hardly touch it. Ablated heads give their mean output, everything downstream is 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,22 @@ class Curve:
         areas = area(self.counts, self.right[0][:, again].mean(-1).T)
         low, high = np.percentile(areas, [2.5, 97.5])
         return float(low), float(high)
+
+    def to_json(self) -> dict[str, Any]:
+        """The curve as the report shows it."""
+        shares = self.right.mean(-1)
+        return {
+            "heads": self.total,
+            "pairs": self.right.shape[-1],
+            "orders": len(shares) - 1,
+            "counts": self.counts.tolist(),
+            "by_score": shares[0].tolist(),
+            "random_mean": shares[1:].mean(0).tolist(),
+            "random_band": np.percentile(shares[1:], [2.5, 97.5], axis=0).tolist(),
+            "auc_by_score": float(self.auc[0]),
+            "auc_by_score_band": self.causal_band(),
+            "auc_random_band": self.band(),
+        }
 
 
 def measure(context: Context, score_LN: Float[np.ndarray, "L N"], per_probe: int) -> Curve:

@@ -226,19 +226,9 @@ def measure_knockout(subject: Subject, result: Result) -> None:
     context, heads = subject.context, subject.heads
     effects = PairEffects.load(Path(subject.cfg.out) / "effects.npz")
     curve = knockout.measure(context, effects.score(context.cfg.ie_floor), KNOCKOUT_PAIRS)
-    low, high = curve.band()
-    causal_low, causal_high = curve.causal_band()
+    low, _ = curve.band()
     figures = {"knockout_auc_causal": float(curve.auc[0]), "knockout_auc_random_low": low}
-    notes = {
-        "knockout_auc_random_high": high,
-        "knockout_auc_causal_band": [causal_low, causal_high],
-        "counts": curve.counts.tolist(),
-        "right_causal": curve.right[0].mean(-1).tolist(),
-        "right_random_mean": curve.right[1:].mean((0, 2)).tolist(),
-        "orders": knockout.ORDERS,
-        "pairs": int(curve.right.shape[-1]),
-        "scorer": heads["provenance"]["scorer"],
-    }
+    notes = curve.to_json() | {"scorer": heads["provenance"]["scorer"]}
     result.add("knockout", figures, **notes)
 
 

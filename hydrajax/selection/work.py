@@ -24,9 +24,9 @@ class Work:
     """Runs measurements part by part; `folder` None keeps nothing."""
 
     def __init__(self, folder: Path | None = None, identity: Any = None, *, show: bool = False):
-        self.folder = folder
+        self.folder, self.identity = folder, identity
         text = json.dumps(identity, sort_keys=True, default=str)
-        self._identity = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._key = hashlib.sha256(text.encode()).hexdigest()[:16]
         columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(),
                    TimeRemainingColumn())  # fmt: skip
         self._progress = Progress(*columns, transient=True) if show else None
@@ -55,7 +55,7 @@ class Work:
     def _part(self, name: str, measure: Callable[[], np.ndarray]) -> np.ndarray:
         if self.folder is None:
             return np.asarray(jax.device_get(measure()))
-        path = self.folder / f"{name}.{self._identity}.npy"
+        path = self.folder / f"{name}.{self._key}.npy"
         if path.is_file():
             return np.load(path, allow_pickle=False)
         value = np.asarray(jax.device_get(measure()))
