@@ -40,6 +40,7 @@ from hydrajax.selection.fusion import PairEffects
 from hydrajax.selection.probes import Batch, Pair, Probe, batches
 from hydrajax.selection.scorers import SCORERS, Context, score
 from hydrajax.selection.statistics import layer_ginis, spearman, top_jaccard
+from hydrajax.sharding import make_mesh
 from hydrajax.typing import UserError
 
 QWEN3_1P7B = ModelConfig(
@@ -95,7 +96,7 @@ class Subject:
 
     @cached_property
     def context(self) -> Context:
-        return make_context(self.cfg, load_run(self.cfg.teacher))
+        return make_context(self.cfg, load_run(self.cfg.teacher), make_mesh(self.cfg.mesh))
 
     @cached_property
     def heads(self) -> dict[str, Any]:
@@ -109,7 +110,7 @@ class Subject:
 def measure_selection(subject: Subject, result: Result) -> None:
     """Run the command, and read from its effects how unequal and how stable the scores are."""
     cfg = subject.cfg
-    path = select(cfg, ["measure"])
+    path = select(replace(cfg, select=replace(cfg.select, report="scores")), result.meta["command"])
     facts, effects = subject.heads, PairEffects.load(path.parent / "effects.npz")
     full = effects.score(cfg.select.ie_floor)
     ginis = np.array(layer_ginis(full))

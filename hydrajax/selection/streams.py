@@ -5,6 +5,8 @@ all layers and all passes. Compile time does not grow with depth, a run that dif
 one at layer l starts from the clean residual of layer l, and no more than one layer's head outputs
 exist at a time.
 
+Rows are split over the mesh's data axes, and with them their streams; all steps keep the split.
+
 `M` counts the streams of a row, usually one per head; `R` = B·M rows, a row's streams together.
 """
 
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hydrajax.layers import Sequence
-from hydrajax.model import Block, Model
+from hydrajax.model import Block, Model, constrain_rows
 from hydrajax.typing import Array, Float, Int
 
 
@@ -131,4 +133,4 @@ def _per_stream(x: Float[Array, "B ..."], like: Float[Array, "R ..."]) -> Float[
 
 @jax.jit
 def _embed(embed: nnx.Module, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    return embed(tokens)
+    return constrain_rows(embed(tokens))

@@ -49,7 +49,7 @@ class Work:
 
     def clear(self) -> None:
         """Forget the parts: the result is written."""
-        if self.folder is not None and jax.process_index() == 0:
+        if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _part(self, name: str, measure: Callable[[], np.ndarray]) -> np.ndarray:
@@ -59,9 +59,8 @@ class Work:
         if path.is_file():
             return np.load(path, allow_pickle=False)
         value = np.asarray(jax.device_get(measure()))
-        if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            data = io.BytesIO()
-            np.save(data, value, allow_pickle=False)
-            write_atomic(path, data.getvalue())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        data = io.BytesIO()
+        np.save(data, value, allow_pickle=False)
+        write_atomic(path, data.getvalue())
         return value
