@@ -86,6 +86,7 @@ select.ablation
 select.alloc
 select.answer_prefix
 select.context
+select.duo_steps
 select.fuse_norm
 select.general
 select.ie_floor

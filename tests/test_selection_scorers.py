@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
 from induction import RELAY, STEP_BACK, WRITER, circuit
 
 from hydrajax.config import DataConfig, SelectConfig
 from hydrajax.model import bind
+from hydrajax.selection.duo import streaming
 from hydrajax.selection.scorers import SCORERS, Context, score
 from hydrajax.selection.work import Work
 from hydrajax.tokenizer import load_tokenizer
@@ -56,6 +58,34 @@ def test_planted_heads_are_found_and_no_others(scorer, context):
     for head in want:
         rest[head] = 0
     assert rest.max() < 1e-4
+
+
+def test_streaming_attention_is_dense_attention_under_its_mask():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 21, n, 4), "f4") for n in (6, 3, 3))
+    segments = np.ones((2, 21), np.int32)
+    segments[1, 17:] = 0
+    t, s = np.ogrid[:21, :21]
+    seen = (t >= s) & ((t - s < 4) | (s < 3)) & (segments[:, None] > 0)
+    logits = np.einsum("btnh,bsnh->bnts", q, np.repeat(k, 2, axis=2)) / 2
+    weights = jax.nn.softmax(np.where(seen[:, None], logits, -np.inf), axis=-1)
+    want = np.einsum("bnts,bsnh->btnh", weights, np.repeat(v, 2, axis=2))
+    got = streaming(q, k, v, segments, sinks=3, recent=4).reshape(want.shape)
+    real = segments > 0
+    assert_close("streaming", want[real], got[real], 1e-5)
+
+
+def test_gates_stay_open_where_the_answer_needs_them(context, monkeypatch):
+    made, relay = context
+    if relay:
+        pytest.skip("one of the two circuits says it")
+    monkeypatch.setattr("hydrajax.selection.duo.SINKS", 2)
+    monkeypatch.setattr("hydrajax.selection.duo.RECENT", 4)
+    got = SCORERS["duo"](replace_cfg(made, duo_steps=150))
+    assert got.score[WRITER] > 0.5
+    rest = got.score.copy()
+    rest[WRITER] = 0
+    assert rest.max() < 0.1  # one step back and the copy of oneself are in the window
 
 
 def test_zero_and_mean_ablation_agree_where_a_head_is_all_there_is(context):

@@ -15,14 +15,18 @@ from hydrajax.data import make_pipeline
 from hydrajax.data.synthetic import check_task
 from hydrajax.model import Model
 from hydrajax.selection import ablation, attribution, budget, patching, paths
+from hydrajax.selection.duo import learn_gates
 from hydrajax.selection.fusion import PairEffects, fuse
 from hydrajax.selection.probes import Probe, batches, collect
 from hydrajax.selection.work import Work
 from hydrajax.tokenizer import Tokenizer
 from hydrajax.typing import Float, UserError
 
-SCREEN_PAIRS = 2  # pairs of each probe on which every head is tried as a sender
-SCREEN = 0.25  # share of ie_floor that a sender must reach there to be tried on all pairs
+# Every head is tried as a sender on a few pairs (six rank heads well, HydraHead reports). Those that
+# reach a share of ie_floor on some probe are tried on all pairs: the best of them, to bound the cost.
+SCREEN_PAIRS = 6
+SCREEN_FLOOR = 0.25
+SCREEN_MOST = 0.25  # of all heads
 NOISE = 0.1  # differences of effects below this share of ie_floor are ties
 
 
@@ -158,6 +162,18 @@ def retrieval(context: Context) -> Scores:
     return _combine(context, retrieval=shares)
 
 
+def duo(context: Context) -> Scores:
+    """Learned gates of KV heads: the share of full attention that an answer needs."""
+    pairs = [pair for probe in context.probes for pair in probe.pairs]
+    parts = [batch for batch, _ in batches(pairs, context.cfg)]
+    learn = partial(learn_gates, context.model, parts)
+    (gates_LK,) = context.work.each("gates", [context.cfg.duo_steps], learn)
+    group = context.shape.num_heads // context.shape.num_kv_heads
+    score = np.repeat(gates_LK.astype(np.float64), group, axis=1)
+    counts = {probe.task: probe.counts() for probe in context.probes}
+    return Scores(score, score, (score > 0).astype(float), counts=counts, measured=True)
+
+
 def ppl(context: Context) -> Scores:
     """General ability: rise of the loss on plain text, in nats a token, by mean ablation."""
     rise = _loss_rise(context)
@@ -194,6 +210,7 @@ SCORERS: dict[str, Callable[[Context], Scores]] = {
     "atp": atp,
     "ablate": ablate,
     "retrieval": retrieval,
+    "duo": duo,
     "ppl": ppl,
     "random": random,
     "fixed": fixed,
@@ -240,13 +257,13 @@ def _senders(context: Context, name: str, roles: paths.Roles) -> Float[np.ndarra
     if roles.last < 1:
         return effects_QLN
     pairs = [context.probes[i].pairs[p] for i, p in places]
-    first_Q = place_Q < SCREEN_PAIRS
+    first_Q = place_Q < max(1, SCREEN_PAIRS // len(context.probes))
     pick = lambda chosen_Q: [pair for pair, yes in zip(pairs, chosen_Q, strict=True) if yes]  # noqa: E731
     effects_QLN[first_Q] = _send(context, f"{name}_screen", roles, pick(first_Q))
     few_ILN = np.stack([
         effects_QLN[first_Q & (probe_Q == i)].mean(0) for i in range(len(context.probes))
     ])  # fmt: skip
-    alive = np.abs(few_ILN).max(0) >= SCREEN * context.cfg.ie_floor
+    alive = _survivors(np.abs(few_ILN).max(0), SCREEN_FLOOR * context.cfg.ie_floor)
     context.log(
         f"{name}: {roles.receivers.sum()} receivers, {roles.carriers.sum()} carriers, "
         f"{alive.sum()} of {alive.size} heads past the screen"
@@ -255,6 +272,12 @@ def _senders(context: Context, name: str, roles: paths.Roles) -> Float[np.ndarra
         rest = _send(context, name, replace(roles, senders=alive), pick(~first_Q))
         effects_QLN[~first_Q] = np.where(alive, rest, few_ILN[probe_Q[~first_Q]])
     return effects_QLN
+
+
+def _survivors(effect_LN: np.ndarray, floor: float) -> np.ndarray:
+    """Heads that reach the floor, at most SCREEN_MOST of all."""
+    most = max(1, int(SCREEN_MOST * effect_LN.size))
+    return (effect_LN >= floor) & (effect_LN >= np.sort(effect_LN, axis=None)[-most])
 
 
 def _send(context: Context, name: str, roles: paths.Roles, pairs: list) -> np.ndarray:
