@@ -117,7 +117,7 @@ def test_scores_do_not_depend_on_the_mesh(teacher, tmp_path):
 
 
 def test_the_measuring_command(teacher, tmp_path, monkeypatch):
-    select_cfg = replace(SELECT, scorer="patch", alloc="global_c", ratio=0.5)
+    select_cfg = replace(SELECT, scorer="patch", alloc="global_c", ratio=0.5, sender_rounds=1)
     cfg = RunConfig(teacher=teacher, out=str(tmp_path / "out"), select=select_cfg, data=DATA)
     result = measure.Result.open(tmp_path / "figures.json", ["test"], cfg)
     subject = measure.Subject(cfg)
@@ -128,7 +128,7 @@ def test_the_measuring_command(teacher, tmp_path, monkeypatch):
         measure.QWEN3_1P7B, vocab_size=32, width=16, mlp_width=16, num_layers=2, num_heads=4,
         num_kv_heads=2, head_dim=8,
     )  # fmt: skip
-    small = replace(select_cfg, general="none", sender_rounds=1, context=24, rows=2)
+    small = replace(select_cfg, sender_rounds=0, context=24, rows=2)
     measure.measure_shapes(shape, small, result, "qwen3_1p7b")
     written = json.loads((tmp_path / "figures.json").read_text())
     assert [row["part"] for row in written["rows"]] == [

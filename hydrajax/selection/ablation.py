@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hydrajax.losses import next_tokens, sum_over_chunks
+from hydrajax.losses import next_tokens
 from hydrajax.model import Model
 from hydrajax.selection import patching, streams
 from hydrajax.selection.probes import Batch
@@ -98,13 +98,19 @@ def scored_tokens(batch: Rows) -> float:
 
 @jax.jit
 def _nats(model: Model, x: Float[Array, "R T D"], targets, weights) -> Float[Array, "R"]:
-    """Cross entropy of each stream, summed over its tokens."""
-    streams_of = x.shape[0] // targets.shape[0]
+    """Cross entropy of each stream, summed over its tokens, a piece of the token axis at a time."""
+    rows, tokens = x.shape[:2]
+    most = max(1, LOGIT_TOKENS // rows)
+    piece = next(t for t in range(min(tokens, most), 0, -1) if tokens % t == 0)
+    wide = [jnp.repeat(a, rows // len(a), axis=0) for a in (x, targets, weights)]
+    pieces = [
+        jnp.moveaxis(a.reshape(rows, tokens // piece, piece, *a.shape[2:]), 1, 0) for a in wide
+    ]
 
-    def nats(x_RtD, targets_Rt, weights_Rt):
+    def nats(of_piece):
+        x_RtD, targets_Rt, weights_Rt = of_piece
         logits = model.logits(model.norm(x_RtD))
         picked = jnp.take_along_axis(logits, targets_Rt[..., None], axis=-1)[..., 0]
         return jnp.sum(weights_Rt * (jax.nn.logsumexp(logits, axis=-1) - picked), axis=1)
 
-    wide = (x, jnp.repeat(targets, streams_of, 0), jnp.repeat(weights, streams_of, 0))
-    return sum_over_chunks(nats, wide, LOGIT_TOKENS)
+    return jax.lax.map(nats, pieces).sum(0)

@@ -22,8 +22,8 @@ from hydrajax.selection.work import Work
 from hydrajax.tokenizer import Tokenizer
 from hydrajax.typing import Float, UserError
 
-# Every head is tried as a sender on a few pairs (six rank heads well, HydraHead reports). Those that
-# reach a share of ie_floor on some probe are tried on all pairs: the best of them, to bound the cost.
+# Every head is tried as a sender on a few pairs (six rank heads well, HydraHead reports). Those
+# that reach a share of ie_floor on some probe are tried on all, the best of them to bound the cost.
 SCREEN_PAIRS = 6
 SCREEN_FLOOR = 0.25
 SCREEN_MOST = 0.25  # of all heads
