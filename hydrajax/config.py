@@ -41,9 +41,9 @@ STAGE_PRESETS: dict[str, dict[str, Any]] = {
 }
 SELECT_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": dict(alloc="global"),
+    "paper": dict(alloc="global", fuse_norm="minmax"),
     "halo": dict(scorer="layerwise", alloc="layerwise"),
-    "safe": {},
+    "safe": dict(scorer="patch_recv"),
 }
 
 
@@ -118,7 +118,10 @@ class HydraConfig:
 class SelectConfig:
     """Which heads stay full attention, and how that is measured."""
 
-    scorer: str = "patch_recv"  # patch_recv | random | fixed | layerwise
+    scorer: str = "patch"  # patch | patch_recv | atp | ablate | retrieval | duo | ppl; random |
+    #                        fixed | layerwise are controls
+    general: str = "ppl"  # fused with the scorer's retrieval: ppl | none
+    fuse_norm: str = "rank"  # rank | minmax: how capabilities become comparable
     alloc: str = "global_c"  # global | global_c (>= 1 a layer) | per_layer | layerwise
     unit: str = "q_head"  # q_head | kv_group
     ratio: float = 0.25  # share of units that stay full attention
@@ -134,10 +137,21 @@ class SelectConfig:
     ie_floor: float = 0.01  # an effect counts for consistency above this
     min_gap: float = 0.5  # a pair with a smaller clean-corrupt gap is rejected
     answer_prefix: str = "clean"  # clean | own: what both runs are teacher-forced on
+    ablation: str = "mean"  # mean | zero: what a head gives under scorer `ablate`
+    duo_steps: int = 2000  # training steps of the gates of scorer `duo`
+    sender_rounds: int = 2  # rounds of path patching; 0: receivers alone
+    text_rows: int = 32  # rows of plain text (data.files, training part) for `ppl`
+    text_tokens: int = 512  # tokens of such a row
+    report: str = "full"  # full (knock-out, stability, agreement: minutes more) | scores
 
     def __post_init__(self):
         check_choices("select", self, {
-            "scorer": ("patch_recv", "random", "fixed", "layerwise"),
+            "scorer": ("patch", "patch_recv", "atp", "ablate", "retrieval", "duo", "ppl",
+                       "random", "fixed", "layerwise"),
+            "ablation": ("mean", "zero"),
+            "report": ("full", "scores"),
+            "general": ("ppl", "none"),
+            "fuse_norm": ("rank", "minmax"),
             "alloc": ("global", "global_c", "per_layer", "layerwise"),
             "unit": ("q_head", "kv_group"),
             "answer_prefix": ("clean", "own"),
@@ -147,6 +161,10 @@ class SelectConfig:
                 "select needs rows >= 1, pairs >= min_pairs >= 1 and context >= 8, got "
                 f"{self.rows}, {self.pairs}, {self.min_pairs}, {self.context}."
             )
+        least = {"sender_rounds": 0, "duo_steps": 1, "text_rows": 1, "text_tokens": 2}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UserError(f"select.{name} must be >= {low}, got {getattr(self, name)}.")
         if not 0 <= self.ratio <= 1:
             raise UserError(f"select.ratio must lie in [0, 1], got {self.ratio}.")
         if (self.alloc == "layerwise") != (self.scorer == "layerwise"):

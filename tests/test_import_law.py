@@ -19,7 +19,8 @@ ORDER = (
     ("attention", "deltanet"),
     ("hydra",),
     ("model",),
-    ("selection", "transplant", "losses"),
+    ("losses",),
+    ("selection", "transplant"),
     ("stages",),
     ("trainer",),
     ("loop", "start"),
@@ -28,7 +29,7 @@ ORDER = (
 LEAVES = ("optim", "data", "metrics", "checkpoint", "distributed", "manifest", "run_folder",
           "array_tree", "flops", "tokenizer", "command")  # fmt: skip
 TORCH = ("torch", "transformers")
-REPORTS = {"evals.report", "selection.report"}
+REPORTS = {"evals.report", "selection.report", "selection.figures"}
 
 
 def name_of(path: Path) -> str:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydrajax.config import ModelConfig, SelectConfig
+from hydrajax.config import DataConfig, ModelConfig, SelectConfig
 from hydrajax.head_plan import HeadPlan
 from hydrajax.selection.budget import evenly_spaced, full_layers, make_plan, tie_share
 from hydrajax.selection.scorers import SCORERS, Context
@@ -27,7 +27,7 @@ def shape_of(model):
 def control(scorer, model, **flags):
     alloc = "layerwise" if scorer == "layerwise" else flags.pop("alloc", "global")
     cfg = SelectConfig(scorer=scorer, alloc=alloc, **flags)
-    context = Context(cfg, model, load_teacher=None, load_tokenizer=None)
+    context = Context(cfg, model, DataConfig(), load_model=None, load_tokenizer=None)
     return make_plan(SCORERS[scorer](context).keys, cfg, model)
 
 

@@ -8,19 +8,18 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from induction import CODE, circuit
 
 from hydrajax.checkpoint import CheckpointStore, make_lineage, params_hash, write_config
 from hydrajax.config import HydraConfig, RunConfig, SelectConfig
-from hydrajax.data.synthetic import VALUES
 from hydrajax.head_plan import HeadPlan, load_plan, ratios
-from hydrajax.model import abstract_model, bind, split_params
-from hydrajax.model_config import ModelConfig, RopeConfig
+from hydrajax.model import bind
 from hydrajax.selection.__main__ import select
 from hydrajax.tokenizer import load_tokenizer, save_tokenizer
 from hydrajax.typing import UserError
 
-CODE = 128  # one direction per ASCII character
-SELECT = SelectConfig(probes=("recall",), context=64, pairs=8, alloc="global", ratio=1 / 6, rows=8)
+SELECT = SelectConfig(probes=("recall",), context=64, pairs=8, alloc="global", ratio=1 / 6, rows=8,
+                      scorer="patch_recv", general="none", report="scores")  # fmt: skip
 CONFIG = """
 from configs import common
 
@@ -30,48 +29,10 @@ def get_config(argument=None):
     config.select.context = 64
     config.select.alloc = "global"
     config.select.ratio = 1 / 6
+    config.select.scorer = "patch_recv"
+    config.select.general = "none"
     return config
 """
-
-
-def circuit():
-    """A teacher for `recall` with one head that knows: layer 1, head 2.
-
-    The residual has three parts: this character, the one before it, the answer. In layer 0 head 0
-    attends one step back by rope alone (constant q and k, k turned by one step) and copies the
-    character over; in layer 1, without rope, head 2 looks for the place whose predecessor is the
-    present character and writes what stands there as the answer. All other heads are zero.
-    """
-    model = ModelConfig(
-        family="qwen2", vocab_size=259, width=3 * CODE, mlp_width=2, num_layers=2, num_heads=3,
-        num_kv_heads=3, head_dim=CODE, qkv_bias=True, tied_embeddings=False, no_rope_layers=(1,),
-        rope=RopeConfig(theta=100.0), max_context=64,
-    )  # fmt: skip
-    plan = HeadPlan.all_full(2, 3, 3)
-    graphdef, shapes = split_params(
-        abstract_model(model, HydraConfig.teacher(), plan, dtype=jnp.float32)
-    )
-    params = {path: np.zeros(s.shape, np.float32) for path, s in shapes.items()}
-    here, before, answer = (slice(i * CODE, (i + 1) * CODE) for i in range(3))
-    eye = np.eye(CODE, dtype=np.float32)
-    for path in params:
-        if path.endswith("scale"):
-            params[path][:] = 1
-    params["embed.w"][:CODE, here] = eye
-    # Values alone can be said: a row also repeats its keys, which this circuit would find too.
-    values = [ord(v) for v in VALUES]
-    params["unembed.w"][answer, values] = eye[:, values]
-    turn = 100.0 ** -(np.arange(0, CODE, 2) / CODE)
-    first, second = "layers.0.attn", "layers.1.attn"
-    params[f"{first}.fa.b_q"][0] = 8 * np.r_[np.ones(CODE // 2), np.zeros(CODE // 2)]
-    params[f"{first}.fa.b_k"][0] = 8 * np.r_[np.cos(turn), np.sin(turn)]
-    params[f"{first}.fa.w_v"][here, 0] = eye
-    params[f"{first}.w_o"][0, :, before] = eye
-    params[f"{second}.fa.w_q"][here, 2] = 4 * eye
-    params[f"{second}.fa.w_k"][before, 2] = 4 * eye
-    params[f"{second}.fa.w_v"][here, 2] = eye
-    params[f"{second}.w_o"][2, :, answer] = eye
-    return model, plan, graphdef, params
 
 
 def save(folder, model, plan, params, hydra=None):
@@ -102,7 +63,7 @@ def test_the_circuit_answers():
 
 
 def test_command_finds_the_head_that_writes_the_answer(teacher, tmp_path):
-    """Through the shell, as a user would; the head that looks one step back is a sender only."""
+    """Through the shell, as a user would."""
     (tmp_path / "select.py").write_text(CONFIG)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "hydrajax.selection", f"--config={tmp_path / 'select.py'}",
@@ -122,7 +83,26 @@ def test_command_finds_the_head_that_writes_the_answer(teacher, tmp_path):
     assert facts["command"][:3] == ["python", "-m", "hydrajax.selection"]
     assert facts["commit"] is None or facts["commit"]
     assert (out / "heads.png").read_bytes()[:4] == b"\x89PNG"
-    for words in ("1 of 6 heads", "0:3", "1:2", "FA query heads 16.7%", "L1H2 1.000", "train.py"):
+    assert not (out / "parts").exists()
+    told = json.loads((out / "report.json").read_text())
+    shown = (out / "index.html").read_text()
+    for name in ("heads", "layers", "knockout", "stability", "agreement"):
+        assert f"{name}.png" in shown and (out / f"{name}.png").is_file()
+    assert told["gini"] == [None, pytest.approx(2 / 3, abs=1e-3)]  # layer 0 has no score
+    assert np.allclose(np.diag(told["similarity"]), 1, atol=1e-5)
+    assert told["knockout"]["by_score"] == [1, 0]  # recall ends with the one head that knows
+    assert told["stability"]["halves"] == {"spearman": pytest.approx(1), "jaccard": 1}
+    names = told["agreement"]["scorers"]
+    assert told["agreement"]["jaccard"][names.index("patch_recv")][names.index("retrieval")] == 1
+    for words in (
+        "1 of 6 heads",
+        "0:3",
+        "1:2",
+        "FA query heads 16.7%",
+        "L1H2 1.000",
+        "train.py",
+        "index.html",
+    ):
         assert words in done.stdout
 
 

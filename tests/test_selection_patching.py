@@ -11,8 +11,8 @@ from helpers import assert_close
 from hydrajax.config import HydraConfig, ModelConfig, SelectConfig
 from hydrajax.head_plan import HeadPlan
 from hydrajax.model import Model, abstract_model, bind, split_params
-from hydrajax.selection import patching
-from hydrajax.selection.probes import Pair, make_batch
+from hydrajax.selection import patching, streams
+from hydrajax.selection.probes import Pair, batches, make_batch
 
 LLAMA = dict(family="llama", vocab_size=31, width=24, mlp_width=40, num_layers=3, num_heads=4,
              num_kv_heads=2, head_dim=8, max_context=64)  # fmt: skip
@@ -45,7 +45,7 @@ def random_pairs(count, vocab=31, seed=0):
         corrupt[3 : 3 + span] = (clean[3 : 3 + span] + 1 + rng.integers(vocab - 1)) % vocab
         answer = rng.integers(vocab, size=span)
         other = (answer + 1) % vocab
-        pairs.append(Pair(*(tuple(map(int, x)) for x in (clean, corrupt, answer, other))))
+        pairs.append(Pair(*(tuple(map(int, x)) for x in (clean, corrupt, answer, other)), 3))
     return pairs
 
 
@@ -106,46 +106,54 @@ class Oracle:
         return (m_clean - self.patched(layer, heads)) / (m_clean - m_corrupt)
 
 
+def effects_of(model, pairs, cfg):
+    parts = [
+        patching.receiver_effects(model, *patching.read_both(model, batch), batch)[:rows]
+        for batch, rows in batches(pairs, cfg)
+    ]
+    return np.concatenate(parts)
+
+
 @pytest.fixture(scope="module", params=[LLAMA, BIASED], ids=["tied", "biased"])
 def case(request):
     graphdef, params = teacher(request.param)
     pairs = random_pairs(6)
     model = bind(graphdef, params)
-    return graphdef, params, pairs, [Oracle(model, params, pair) for pair in pairs]
+    return model, pairs, [Oracle(model, params, pair) for pair in pairs]
 
 
 def test_shortcut_is_the_full_frozen_patch(case):
-    graphdef, params, pairs, oracles = case
+    model, pairs, oracles = case
     want = np.array([[[o.effect(l, [n]) for n in range(4)] for l in range(3)] for o in oracles])
-    programs = patching._frozen_block._cache_size()
+    programs = streams.frozen._cache_size()
     with jax.default_matmul_precision("float32"):
-        got = patching.receivers(graphdef, params, pairs, CFG)  # two batches, the last one padded
+        got = effects_of(model, pairs, CFG)  # two batches, the last one padded
     assert np.abs(want).max() > 0.05  # something is measured
     assert_close("effects", want, got, 1e-4)
-    assert patching._frozen_block._cache_size() == programs + 1  # one for all layers and batches
+    assert streams.frozen._cache_size() == programs + 1  # one for all layers and batches
 
 
 def test_judge_agrees_with_the_definition(case):
-    graphdef, params, pairs, oracles = case
-    gap, right = patching.judge(graphdef, params, make_batch(pairs[:4], CFG))
+    model, pairs, oracles = case
+    gap, right = patching.judge(model, make_batch(pairs[:4], CFG))
     assert_close("gap", [a - b for a, b in (o.ends() for o in oracles[:4])], gap, 1e-4)
     assert right.tolist() == [o.said == o.pair.answer for o in oracles[:4]]
     told = [replace(o.pair, answer=o.said) for o in oracles[:4]]
-    assert patching.judge(graphdef, params, make_batch(told, CFG))[1].all()
+    assert patching.judge(model, make_batch(told, CFG))[1].all()
 
 
 def test_null_patch_has_no_effect(case):
-    graphdef, params, pairs, _ = case
-    model, batch = bind(graphdef, params), make_batch(pairs[:4], CFG)
-    clean, corrupt = patching.read_both(graphdef, params, batch, patching.TAPS)
+    model, pairs, _ = case
+    batch = make_batch(pairs[:4], CFG)
+    clean, corrupt = patching.read_both(model, batch)
     same = patching.Readout(corrupt.x, clean.taps)
     assert np.abs(patching.receiver_effects(model, clean, same, batch)).max() < 1e-4
 
 
 def test_all_heads_patched_is_the_layer_patched(case):
-    graphdef, params, pairs, oracles = case
-    model, batch = bind(graphdef, params), make_batch(pairs[:4], CFG)
-    clean, corrupt = patching.read_both(graphdef, params, batch, patching.TAPS)
+    model, pairs, oracles = case
+    batch = make_batch(pairs[:4], CFG)
+    clean, corrupt = patching.read_both(model, batch)
     direction = patching.answer_direction(model, batch)
     for l in range(3):
         heads = patching.head_deltas(
@@ -160,7 +168,7 @@ def test_all_heads_patched_is_the_layer_patched(case):
 
 
 def test_padding_and_neighbours_do_not_matter(case):
-    graphdef, params, pairs, _ = case
-    together = patching.receivers(graphdef, params, pairs[:3], CFG)
-    alone = patching.receivers(graphdef, params, pairs[2:3], SelectConfig(context=40, rows=1))
+    model, pairs, _ = case
+    together = effects_of(model, pairs[:3], CFG)
+    alone = effects_of(model, pairs[2:3], SelectConfig(context=40, rows=1))
     assert_close("effects", together[2:], alone, 1e-4)

@@ -6,7 +6,7 @@ Not yet run on the real weights. Writes runs/qwen3_1p7b/<arm>/select/.
 """
 
 from configs import common
-from configs.qwen3_1p7b.model import FAMILY, TEACHER
+from configs.qwen3_1p7b.model import FAMILY, TEACHER, TEXT
 
 
 def get_config(argument: str | None = None):
@@ -18,5 +18,6 @@ def get_config(argument: str | None = None):
     config.select.rows = 2
     if options["preset"] == "halo":
         config.select.layers = (2, 3, 6, 8, 9, 21, 25)  # HALO's own choice for this teacher
+    config.data.files = (TEXT,)
     common.set_arm(config, options["arm"])
     return common.smoke(config) if options["smoke"] else config

@@ -11,7 +11,10 @@ def get_config(argument: str | None = None):
     options = common.variants(argument, arm="causal", smoke="", preset="safe")
     config = stage("distill", options)
     config.parent = common.run_dir(FAMILY, options["arm"], "align")
-    config.train.steps = 400
-    config.optim.peak_lr = 4e-4
+    config.data.rows = 32
+    config.train.steps = 2000
+    config.train.save_every = 500
+    config.optim.peak_lr = 6e-4
+    config.optim.warmup_steps = 50
     config.optim.end_lr = 1e-5
     return common.smoke(config) if options["smoke"] else config

@@ -12,8 +12,8 @@ def get_config(argument: str | None = None):
     config = stage("extend", options)
     config.parent = common.run_dir(FAMILY, options["arm"], "distill")
     config.data.seq_len = 2048
-    config.data.rows = 32
-    config.train.steps = 40
+    config.data.rows = 16
+    config.train.steps = 100
     config.optim.peak_lr = 3e-5
     config.optim.schedule = "constant"
     return common.smoke(config) if options["smoke"] else config

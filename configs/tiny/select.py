@@ -18,5 +18,11 @@ def get_config(argument: str | None = None):
     config.select.context = 64
     config.select.pairs = 32
     config.select.rows = 32
+    # Recall is all this teacher can do, so it is its general ability too.
+    config.select.text_rows = 32
+    config.select.text_tokens = 64
+    config.data.synthetic = "recall"
+    config.data.synthetic_share = 1.0
+    config.data.answer_only = True
     common.set_arm(config, options["arm"])
     return config

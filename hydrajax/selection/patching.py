@@ -12,19 +12,15 @@ remaining MLPs, the final norm and the unembedding of a+ and a- (HydraHead, 2606
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from hydrajax.config import SelectConfig
-from hydrajax.model import Block, Model, Taps, bind
-from hydrajax.selection.probes import Batch, Pair, batches
-from hydrajax.typing import Array, Bool, Float, Params
-
-TAPS = ("resid", "attn_out", "head_out")
+from hydrajax.model import Model, Taps
+from hydrajax.selection import streams
+from hydrajax.selection.probes import Batch
+from hydrajax.typing import Array, Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -35,42 +31,35 @@ class Readout:
     taps: Taps  # per layer, at the readouts only
 
 
-jax.tree_util.register_dataclass(Readout, ["x", "taps"], [])
-
-
-def judge(
-    graphdef: nnx.GraphDef, params: Params, batch: Batch
-) -> tuple[Float[np.ndarray, "B"], Bool[np.ndarray, "B"]]:
+def judge(model: Model, batch: Batch) -> tuple[Float[np.ndarray, "B"], Bool[np.ndarray, "B"]]:
     """Per pair: the gap m(x) - m(x'), and whether the teacher's argmax on x is the answer."""
-    clean, corrupt = read_both(graphdef, params, batch, taps=())
-    return jax.device_get(_judge(bind(graphdef, params), clean.x, corrupt.x, batch))
+    clean, corrupt = read_both(model, batch)
+    return jax.device_get(_judge(model, clean.x, corrupt.x, batch))
 
 
-def receivers(
-    graphdef: nnx.GraphDef, params: Params, pairs: list[Pair], cfg: SelectConfig
-) -> Float[np.ndarray, "Q L N"]:
-    """Effects of all heads on each of Q pairs; two forwards and L·N pushes of the readouts."""
-    model = bind(graphdef, params)
-    effects = []
-    for batch, rows in batches(pairs, cfg):
-        clean, corrupt = read_both(graphdef, params, batch, taps=TAPS)
-        effect_LNB = receiver_effects(model, clean, corrupt, batch)
-        effects.append(np.moveaxis(jax.device_get(effect_LNB), -1, 0)[:rows])
-    return np.concatenate(effects)
-
-
-def read_both(
-    graphdef: nnx.GraphDef, params: Params, batch: Batch, taps: tuple[str, ...]
-) -> tuple[Readout, Readout]:
+def read_both(model: Model, batch: Batch) -> tuple[Readout, Readout]:
     """Clean and corrupt run of a batch."""
-    read = partial(_read, graphdef, params, segment_ids=batch.segment_ids, at=batch.at, taps=taps)
-    return read(batch.clean), read(batch.corrupt)
+    return read(model, batch.clean, batch), read(model, batch.corrupt, batch)
+
+
+def read(model: Model, tokens: Int[np.ndarray, "B T"], batch: Batch) -> Readout:
+    """A forward pass block by block, of which only the readouts are kept."""
+    x, seq = streams.begin(model, tokens, batch.segment_ids)
+    resid, attn_out, head_out = [], [], []
+    for block in model.layers:
+        after, y_BTD, o_BTNH = streams.tapped(block, x, seq)
+        for kept, value in ((resid, x), (attn_out, y_BTD), (head_out, o_BTNH)):
+            kept.append(streams.gather(value, batch.at))
+        x = after
+    x_BPD = streams.final_norm(model.norm, streams.gather(x, batch.at))
+    taps = Taps(resid=tuple(resid), attn_out=tuple(attn_out), head_out=tuple(head_out))
+    return Readout(x_BPD, taps)
 
 
 def receiver_effects(
     model: Model, clean: Readout, corrupt: Readout, batch: Batch
-) -> Float[Array, "L N B"]:
-    """IE of every head by the exact shortcut."""
+) -> Float[Array, "B L N"]:
+    """IE of every head by the exact shortcut: no forward pass but those of `read_both`."""
     direction_BPD = answer_direction(model, batch)
     m_clean, m_corrupt = metric(clean.x, direction_BPD), metric(corrupt.x, direction_BPD)
     heads = zip(clean.taps.head_out, corrupt.taps.head_out, strict=True)
@@ -78,7 +67,7 @@ def receiver_effects(
     for l, (o_BPNH, other_BPNH) in enumerate(heads):
         delta_MBPD = head_deltas(model.layers[l].attn.w_o[...], o_BPNH, other_BPNH)
         patched.append(patched_metric(model, l, delta_MBPD, clean, direction_BPD))
-    return (m_clean - jnp.stack(patched)) / (m_clean - m_corrupt)
+    return jnp.moveaxis((m_clean - jnp.stack(patched)) / (m_clean - m_corrupt), -1, 0)
 
 
 def patched_metric(
@@ -93,10 +82,12 @@ def patched_metric(
     One small compiled step serves every block, so compile time does not grow with depth. Its
     memory is M·B·P rows of the MLP: `select.rows` bounds it.
     """
-    x_MBPD = clean.taps.resid[layer] + delta
+    shape = delta.shape
+    x_RPD = (clean.taps.resid[layer] + delta).swapaxes(0, 1).reshape(-1, *shape[2:])
     for l in range(layer, len(model.layers)):
-        x_MBPD = _frozen_block(model.layers[l], x_MBPD, clean.taps.attn_out[l])
-    return metric(_final_norm(model.norm, x_MBPD), direction)
+        x_RPD = streams.frozen(model.layers[l], x_RPD, clean.taps.attn_out[l])
+    x_BMPD = streams.final_norm(model.norm, x_RPD).reshape(shape[1], shape[0], *shape[2:])
+    return metric(x_BMPD.swapaxes(0, 1), direction)
 
 
 def answer_direction(model: Model, batch: Batch) -> Float[Array, "B P D"]:
@@ -108,6 +99,17 @@ def answer_direction(model: Model, batch: Batch) -> Float[Array, "B P D"]:
         w_DV = model.unembed.w[...]
         columns = jnp.moveaxis(w_DV[:, batch.answer] - w_DV[:, batch.distractor], 0, -1)
     return columns.astype(jnp.float32) * batch.weight[..., None]
+
+
+def copies(model: Model, batch: Batch) -> Float[Array, "B L N"]:
+    """Share of answer tokens whose strongest attention falls on the token being copied."""
+    x, seq = streams.begin(model, batch.clean, batch.segment_ids)
+    out = []
+    for block in model.layers:
+        _, weights_BPNT = streams.attend_at(block, x, seq, batch.at)
+        out.append(_share_on(weights_BPNT, batch))
+        x = streams.plain(block, x, seq)
+    return jnp.stack(out, axis=1)
 
 
 @jax.jit
@@ -124,21 +126,11 @@ def head_deltas(
     return jnp.einsum("bpnh,nhd->nbpd", other - o, w_o.astype(o.dtype))
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="taps")
-def _read(graphdef, params, tokens, *, segment_ids, at, taps) -> Readout:
-    model = bind(graphdef, params)
-    x_BTD, seen = model.hidden(tokens, segment_ids=segment_ids, taps=taps, tap_at=at)
-    return Readout(jnp.take_along_axis(x_BTD, at[..., None], axis=1), seen)
-
-
 @jax.jit
-def _frozen_block(block: Block, x: Float[Array, "M B P D"], attn_out: Array) -> Array:
-    return block.after_attention(x + attn_out)
-
-
-@jax.jit
-def _final_norm(norm: nnx.Module, x: Float[Array, "M B P D"]) -> Array:
-    return norm(x)
+def _share_on(weights: Float[Array, "B P N T"], batch: Batch) -> Float[Array, "B N"]:
+    counts_BP1 = (batch.weight > 0)[..., None]
+    hit_BPN = (weights.argmax(-1) == batch.source[..., None]) & counts_BP1
+    return hit_BPN.sum(1) / counts_BP1.sum(1)
 
 
 @jax.jit

@@ -31,6 +31,7 @@ class Pair:
     corrupt: tuple[int, ...]
     answer: tuple[int, ...]  # a+
     distractor: tuple[int, ...]  # a-
+    start: int  # where the answer stands in the prompt
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Batch:
     at: Int[np.ndarray, "B P"]  # positions that predict the answer
     answer: Int[np.ndarray, "B P"]
     distractor: Int[np.ndarray, "B P"]
+    source: Int[np.ndarray, "B P"]  # where each answer token stands in the prompt
     weight: Float[np.ndarray, "B P"]  # lambda^j, rows sum to 1
 
 
@@ -77,6 +79,7 @@ def make_pair(task: str, cfg: SelectConfig, tokenizer: Tokenizer, rng: np.random
         corrupt=(*corrupt.prompt, *forced[:-1]),
         answer=tuple(clean.answer),
         distractor=tuple(corrupt.answer),
+        start=clean.span[0],
     )
 
 
@@ -100,6 +103,7 @@ def make_batch(pairs: Sequence[Pair], cfg: SelectConfig) -> Batch:
         at=at,
         answer=_padded([p.answer for p in pairs], width),
         distractor=_padded([p.distractor for p in pairs], width),
+        source=_padded([range(p.start, p.start + len(p.answer)) for p in pairs], width),
         weight=weight,
     )
 
@@ -146,5 +150,5 @@ def _too_few(probe: Probe, cfg: SelectConfig) -> str:
 def _padded(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B W"]:
     out = np.zeros((len(rows), width), np.int32)
     for row, ids in zip(out, rows, strict=True):
-        row[: len(ids)] = ids
+        row[: len(ids)] = list(ids)
     return out

@@ -1,18 +1,20 @@
 """Report: heads.json for the next stage, heads.png for the eye, a summary for the terminal."""
 
+import html
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from hydrajax.config import HydraConfig, ModelConfig, SelectConfig
 from hydrajax.head_plan import FORMAT_VERSION, HeadPlan, cache_bytes, ratios
 from hydrajax.manifest import write_atomic
+from hydrajax.selection import figures
 from hydrajax.selection.scorers import Scores
 from hydrajax.typing import Float
 
@@ -37,6 +39,7 @@ def heads_record(
         "scores": scores.score.tolist(),
         "raw_mean": scores.raw_mean.tolist(),
         "consistency": scores.consistency.tolist(),
+        "capabilities": {name: part.tolist() for name, part in scores.parts.items()},
         "per_probe": {task: effect.tolist() for task, effect in scores.per_probe.items()},
         "ratios": ratios(plan, model.head_dim, **how),
         "cache_bytes": {
@@ -50,35 +53,52 @@ def heads_record(
     }
 
 
-def write(folder: Path, record: dict[str, Any], figure: Figure) -> None:
-    """heads.png, then heads.json: who finds the second finds both."""
+def write(folder: Path, record: dict[str, Any], scores: Scores, plan: HeadPlan) -> None:
+    """effects.npz and heads.png, then heads.json: who finds the last finds all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    label = "score" if scores.measured else "place in the order (control)"
+    title = record["provenance"]["scorer"]
+    write_atomic(folder / "heads.png", _png(figures.head_map(scores.score, plan, title, label)))
+    if scores.effects is not None:
+        write_atomic(folder / "effects.npz", scores.effects.to_bytes())
+    write_atomic(folder / "heads.json", _json(record))
+
+
+def write_report(folder: Path, diagnosis: dict[str, Any], told: str) -> None:
+    """report.json, its figures, and index.html that shows them with the head map together."""
+    named = figures.all_of(diagnosis)
+    for name, figure in named.items():
+        write_atomic(folder / name, _png(figure))
+    write_atomic(folder / "report.json", _json(diagnosis))
+    write_atomic(folder / "index.html", page(["heads.png", *named], told).encode())
+
+
+def page(images: list[str], told: str) -> str:
+    """One page: the summary as printed, then the images beside it."""
+    shown = "\n".join(f'<p><img src="{name}" alt="{name}"></p>' for name in images)
+    return (
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Head selection</title>\n'
+        f"<h1>Head selection</h1>\n<pre>{html.escape(told)}</pre>\n{shown}\n</html>\n"
+    )
+
+
+def _png(figure: Figure) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)  # a Figure without pyplot draws with Agg
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "heads.png", image.getvalue())
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    write_atomic(folder / "heads.json", text.encode())
+    return image.getvalue()
 
 
-def draw(scores: Scores, plan: HeadPlan, scorer: str) -> Figure:
-    """Map of layers and heads: scores as colour, heads that stay full attention ringed."""
-    layers, heads = scores.score.shape
-    figure = Figure(figsize=(2.2 + 0.3 * heads, 1.4 + 0.24 * layers), layout="constrained")
-    axes = figure.subplots()
-    # Most scores are near zero: the square root keeps the small ones apart.
-    top = max(float(scores.score.max()), 1e-6)
-    norm = PowerNorm(0.5, 0.0, top)
-    image = axes.imshow(scores.score, cmap="Blues", norm=norm, aspect="auto")
-    chosen = [(n, l) for l, ids in enumerate(plan.fa) for n in ids]
-    if chosen:
-        ring = {"facecolors": "none", "edgecolors": "tab:orange", "linewidths": 1.4, "s": 60}
-        axes.scatter(*zip(*chosen, strict=True), **ring)
-    title = f"{scorer}: {plan.num_fa} of {scores.score.size} heads"
-    axes.set(xlabel="query head", ylabel="layer", title=title)
-    axes.set_xticks(range(0, heads, 1 + heads // 16))
-    axes.set_yticks(range(0, layers, 1 + layers // 16))
-    figure.colorbar(image, label="score" if scores.measured else "place in the order (control)")
-    return figure
+def _json(record: dict[str, Any]) -> bytes:
+    return (json.dumps(finite(record), indent=1, allow_nan=False) + "\n").encode()
+
+
+def finite(value: Any) -> Any:
+    """JSON knows no NaN: a statistic that does not exist is null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def summary(record: dict[str, Any], plan: HeadPlan, cfg: SelectConfig) -> str:
@@ -99,7 +119,7 @@ def summary(record: dict[str, Any], plan: HeadPlan, cfg: SelectConfig) -> str:
     if provenance["tie_share"] is not None:
         lines += [
             f"ties: {provenance['tie_share']:.1%} of the budget scores below {cfg.ie_floor:g}; "
-            "there the order is raw mean effect, then balance over layers, then the seed",
+            "there the order is raw mean effect, attribution, rise of the loss, balance, the seed",
             f"top heads: {_top(np.array(record['scores']))}",
         ]
     return "\n".join(lines)
