@@ -152,12 +152,20 @@ def _one(name: str, params: GatedDeltaParams, *operands):
     return _gated_delta_rule(dispatch.Choice(name), params, *operands)
 
 
-def _forward(choice, params, *operands):
-    def run(name, *operands):
-        outputs = IMPLEMENTATIONS[name].forward(params, *operands)
-        return outputs if params.residuals else outputs[:2]
+# Jitted, so that the layers of one shape are traced and lowered once a program and not once each.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_forward(name: str, params: GatedDeltaParams, *operands):
+    outputs = IMPLEMENTATIONS[name].forward(params, *operands)
+    return outputs if params.residuals else outputs[:2]
 
-    branches = {name: functools.partial(run, name) for name in choice.names}
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_backward(name: str, params: GatedDeltaParams, *operands):
+    return IMPLEMENTATIONS[name].backward(params, *operands)
+
+
+def _forward(choice, params, *operands):
+    branches = {name: functools.partial(_run_forward, name, params) for name in choice.names}
     return dispatch.platform_switch(choice, branches, *operands)
 
 
@@ -177,7 +185,7 @@ def _gated_delta_rule_fwd(choice, params, *operands):
 
 
 def _gated_delta_rule_bwd(choice, params, residuals, cotangents):
-    branches = {n: functools.partial(IMPLEMENTATIONS[n].backward, params) for n in choice.names}
+    branches = {name: functools.partial(_run_backward, name, params) for name in choice.names}
     *arrays, dstate = dispatch.platform_switch(choice, branches, *residuals, *cotangents)
     runs = residuals[5]
     druns = None if runs is None else np.zeros(runs.shape, jax.dtypes.float0)
