@@ -38,10 +38,11 @@ PACKAGES = (
 
 def main(arguments: list[str] | None = None) -> dict:
     """Run, print and write; return what was written."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options, args = _parse(arguments)
     clock = Clock(args.limit)
     op, found = OPS[args.op], []
-    report = {"meta": _meta(args, options.seed), "rows": found, "summary": {}}
+    report = {"meta": _meta(arguments, options.seed), "rows": found, "summary": {}}
     for row in op.rows(options, clock):
         found.append({"op": args.op} | row | {"at_s": round(args.limit - clock.left(), 1)})
         report["summary"] = op.summary(found)
@@ -74,7 +75,7 @@ def _shapes(text: str) -> tuple[tuple[int, ...], ...]:
     return shapes
 
 
-def _meta(args, seed: int) -> dict:
+def _meta(arguments: list[str], seed: int) -> dict:
     versions = {}
     for name in PACKAGES:
         try:
@@ -82,7 +83,7 @@ def _meta(args, seed: int) -> dict:
         except importlib.metadata.PackageNotFoundError:
             continue
     devices = jax.devices()
-    command = ["python", "-m", "pallas_kernels.bench", *(sys.argv[1:] or ["--op", args.op])]
+    command = ["python", "-m", "pallas_kernels.bench", *arguments]
     return {
         "command": " ".join(command),
         "commit": _git("rev-parse", "--short", "HEAD"),

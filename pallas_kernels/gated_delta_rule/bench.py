@@ -20,12 +20,12 @@ from pallas_kernels.gated_delta_rule.workload import (
     ARGUMENTS,
     GATES,
     INPUTS,
-    compiled,
     draw,
     errors,
     exact,
     flops,
     named,
+    programs,
     traffic,
 )
 from pallas_kernels.timing import Clock, Program, describe, interleaved
@@ -98,41 +98,45 @@ def _time_rows(run: _Run, shape) -> Iterator[dict]:
             yield base | {"implementation": name, "error": LATE}
         return
     arrays = {gate: draw(dims, gate, run.options.seed) for gate in GATES}
-    built, refused = _build(run, dims, arrays["strong"])
+    built, failed, refused = _build(run, dims, arrays["strong"])
+    memory = {n: {what: _memory(p) for what, p in of.items()} for n, of in built.items()}
     for gate in GATES:
-        programs = {}
+        found = {}
         for name in run.options.implementations:
             if name in built:
-                found = {w: _bound(p, w, arrays[gate]) for w, p in built[name].items()}
-            elif name not in refused:
-                found = run.loaded[name].programs(arrays[gate])
+                of = {what: _bound(p, what, arrays[gate]) for what, p in built[name].items()}
+            elif name in run.loaded and name not in refused:
+                of = run.loaded[name].programs(arrays[gate])
             else:
                 continue
-            programs |= {(name, what): program for what, program in found.items()}
-        times, failed = interleaved(programs, run.options.repeats, run.options.seconds)
+            found |= {(name, what): program for what, program in of.items()}
+        times, broken = interleaved(found, run.options.repeats, run.options.seconds)
         for name in run.options.implementations:
             row = base | {"implementation": name, "gates": gate}
-            if name in run.loaded:
-                peer = run.loaded[name]
-                row |= {"version": peer.version, "note": peer.note}
-            if name in refused:
-                yield row | {"error": refused[name]}
-                continue
             row |= _figures(run, dims, {w: times[name, w] for w in WHATS if (name, w) in times})
-            if name in built:
-                row["memory"] = {what: _memory(program) for what, program in built[name].items()}
-            wrong = {what: error for (n, what), error in failed.items() if n == name}
-            yield row | ({"error": wrong} if wrong else {})
+            if name in run.loaded:
+                row |= {"version": run.loaded[name].version, "note": run.loaded[name].note}
+            if name in memory:
+                row["memory"] = memory[name]
+            wrong = failed.get(name, {}) | {w: e for (n, w), e in broken.items() if n == name}
+            if wrong or name in refused:
+                row["error"] = refused.get(name, wrong)
+            yield row
 
 
 def _build(run: _Run, dims, arrays):
-    """Return ({ours: programs}, {name: why not}).
+    """Return ({ours: {what: compiled}}, {ours: {what: why not}}, {peer: why not}).
 
     Ours compile in threads while peers, which tune by running, do so here.
     """
-    built, refused = {}, dict(run.refused)
-    with ThreadPoolExecutor(len(run.ours) or 1) as pool:
-        jobs = {name: pool.submit(compiled, name, dims) for name in run.ours}
+    built, failed = {}, {}
+    refused = dict(run.refused)
+    with ThreadPoolExecutor(8) as pool:
+        jobs = {
+            (name, what): pool.submit(build)
+            for name in run.ours
+            for what, build in programs(name, dims).items()
+        }
         for name, peer in run.loaded.items():
             try:
                 if run.clock.left() < 2 * RESERVE:
@@ -141,12 +145,12 @@ def _build(run: _Run, dims, arrays):
                     program.wait(program.call())
             except Exception as error:  # a peer's failure is a result, not the end of the run
                 refused[name] = describe(error)
-        for name, job in jobs.items():
+        for (name, what), job in jobs.items():
             try:
-                built[name] = job.result()
+                built.setdefault(name, {})[what] = job.result()
             except Exception as error:
-                refused[name] = describe(error)
-    return built, refused
+                failed.setdefault(name, {})[what] = describe(error)
+    return built, failed, refused
 
 
 def _bound(program, what: str, arrays) -> Program:
@@ -181,10 +185,10 @@ def _error_rows(run: _Run) -> Iterator[dict]:
     """Errors of outputs and gradients against the token loop in float64, on a small twin."""
     options = run.options
     dims = (1, options.twin, options.shapes[0][2], options.dim)
-    programs = {}
+    built = {}
     for name in run.ours if run.clock.left() > RESERVE else ():
         try:
-            programs[name] = compiled(name, dims)["fwdbwd"]
+            built[name] = programs(name, dims)["fwdbwd"]()
         except Exception as error:
             yield {"what": "error", "implementation": name, "error": describe(error)}
     for inputs in INPUTS:
@@ -193,11 +197,11 @@ def _error_rows(run: _Run) -> Iterator[dict]:
             continue
         arrays = draw(dims, inputs, options.seed)
         want = exact(arrays)
-        for name in (*programs, *run.loaded):
+        for name in (*built, *run.loaded):
             row = {"what": "error", "implementation": name, "inputs": inputs, "dims": dims}
             try:
-                if name in programs:
-                    got = named(*_bound(programs[name], "fwdbwd", arrays).call())
+                if name in built:
+                    got = named(*_bound(built[name], "fwdbwd", arrays).call())
                 else:
                     got = named(*run.loaded[name].results(arrays))
                 yield row | {"errors": errors(want, got)}
@@ -268,10 +272,10 @@ def summary(rows: list[dict], subject: str = "mosaic_gpu") -> dict[str, float]:
     def keep(name, value, worse):
         found[name] = worse(found.get(name, value), value)
 
-    timed = [row for row in rows if row["what"] == "time" and "error" not in row]
+    timed = [row for row in rows if row["what"] == "time" and "gates" in row]
     ours = {(r["shape"], r["gates"]): r for r in timed if r["implementation"] == subject}
     for (shape, _), row in ours.items():
-        for what in WHATS:
+        for what in (w for w in WHATS if f"{w}_ms" in row):
             keep(f"{what}_ms_{shape}", row[f"{what}_ms"], max)
             keep(f"{what}_floor_share_{shape}", row[f"{what}_floor_share"], min)
     for row in timed:
@@ -279,10 +283,11 @@ def summary(rows: list[dict], subject: str = "mosaic_gpu") -> dict[str, float]:
         mine = ours.get((shape, row["gates"]))
         if mine is None or name == subject:
             continue
-        ratios = {what: round(row[f"{what}_ms"] / mine[f"{what}_ms"], 3) for what in WHATS[::2]}
+        both = [what for what in ("fwd", "fwdbwd") if f"{what}_ms" in row and f"{what}_ms" in mine]
+        ratios = {what: round(row[f"{what}_ms"] / mine[f"{what}_ms"], 3) for what in both}
         for what, ratio in ratios.items():
             keep(f"{what}_vs_{name}_{shape}", ratio, min)
-        if name == "xla":
+        if name == "xla" and ratios:
             keep(f"speedup_vs_xla_{shape}", min(ratios.values()), min)
     for row in rows:
         if row["what"] == "error" and row.get("implementation") == subject and "errors" in row:

@@ -49,7 +49,8 @@ class Peer:
             return o, torch.autograd.grad(o, list(leaves.values()), do)
 
         def wait(_):
-            torch.cuda.synchronize()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
 
         return {
             "fwd": Program(plain, wait),

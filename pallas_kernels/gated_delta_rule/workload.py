@@ -11,6 +11,7 @@ FLOPs and bytes are those the algorithm cannot do without, not those an implemen
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,12 @@ __all__ = [
     "ARGUMENTS",
     "GATES",
     "INPUTS",
-    "compiled",
     "draw",
     "errors",
     "exact",
     "flops",
+    "named",
+    "programs",
     "traffic",
 ]
 
@@ -56,8 +58,8 @@ def draw(dims: tuple[int, int, int, int], inputs: str, seed: int = 0) -> dict[st
     }
 
 
-def compiled(name: str, dims: tuple[int, int, int, int]) -> dict[str, jax.stages.Compiled]:
-    """Forward without and with what the backward needs, and both directions, of one of ours."""
+def programs(name: str, dims: tuple[int, int, int, int]) -> dict[str, Callable]:
+    """What compiles forward without and with what the backward needs, and both, of one of ours."""
     B, _, R, d = dims
     wide, gate = jax.ShapeDtypeStruct(dims, jnp.bfloat16), jax.ShapeDtypeStruct(dims[:3], "float32")
     operands = (wide, wide, wide, gate, gate)
@@ -70,7 +72,7 @@ def compiled(name: str, dims: tuple[int, int, int, int]) -> dict[str, jax.stages
         (o, state), vjp = jax.vjp(plain, *x)
         return o, vjp((do, jnp.zeros_like(state)))
 
-    programs = {"fwd": (plain, operands), "fwdbwd": (both, (*operands, wide))}
+    found = {"fwd": (plain, operands), "fwdbwd": (both, (*operands, wide))}
     if api.IMPLEMENTATIONS[name].forward is not None:
         params = api.GatedDeltaParams(
             d**-0.5, api.GatedDeltaConfig(), dims, dims, jnp.dtype(jnp.bfloat16), True
@@ -78,10 +80,15 @@ def compiled(name: str, dims: tuple[int, int, int, int]) -> dict[str, jax.stages
         forward = functools.partial(api.IMPLEMENTATIONS[name].forward, params)
 
         def kept(q, k, v, g, beta):
+            api.IMPLEMENTATIONS[name].check(params)
             return forward(q, k, v, g, beta, None, jnp.zeros((B, R, d, d)))
 
-        programs["fwd_residuals"] = (kept, operands)
-    return {what: jax.jit(f).lower(*x).compile() for what, (f, x) in programs.items()}
+        found["fwd_residuals"] = (kept, operands)
+    return {what: functools.partial(_compile, f, x) for what, (f, x) in found.items()}
+
+
+def _compile(function, operands) -> jax.stages.Compiled:
+    return jax.jit(function).lower(*operands).compile()
 
 
 def exact(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:

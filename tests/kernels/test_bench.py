@@ -43,7 +43,8 @@ def test_times_errors_and_memory(report):
 
 def test_what_cannot_run_says_why(report):
     for row in rows(report, what="time", implementation="mosaic_gpu"):
-        assert "mosaic_gpu" in row["error"] and "fwd_ms" not in row
+        assert row["error"].keys() == {"fwd", "fwd_residuals", "fwdbwd"} and "fwd_ms" not in row
+        assert all("NotImplementedError: mosaic_gpu: " in error for error in row["error"].values())
     for row in rows(report, what="time", implementation="fla"):
         assert "no CUDA device" in row["error"] or "No module named" in row["error"]
     assert {"command", "commit", "versions", "device", "date", "seeds"} <= report["meta"].keys()
@@ -109,3 +110,26 @@ def test_every_peer_says_why_it_cannot_run():
     for name in peers.PEERS:
         with pytest.raises(ImportError):
             peers.load(name)
+
+
+@pytest.mark.torch
+def test_a_peer_is_given_the_same_numbers_and_asked_for_the_same_gradients():
+    """A token loop in torch, in the place of a peer, is as exact as bf16 outputs are."""
+    torch = pytest.importorskip("torch")
+
+    def token_loop(q, k, v, g, beta):
+        dtype, (q, k, v) = v.dtype, (x.double() for x in (q, k, v))
+        state, o = torch.zeros((*q.shape[:1], *q.shape[2:], v.shape[-1])).double(), []
+        for t in range(q.shape[1]):
+            state = state * g[:, t, :, None, None].exp()
+            left = v[:, t] - torch.einsum("brh,brhe->bre", k[:, t], state)
+            state = state + torch.einsum("brh,bre->brhe", k[:, t], beta[:, t, :, None] * left)
+            o.append(torch.einsum("brh,brhe->bre", q[:, t], state) * q.shape[-1] ** -0.5)
+        return torch.stack(o, 1).to(dtype), state
+
+    arrays = workload.draw((1, 40, 2, 8), "slow")
+    peer = peers.Peer("loop", "0", token_loop)
+    found = workload.errors(workload.exact(arrays), workload.named(*peer.results(arrays)))
+    assert found.keys() == {"o", "dq", "dk", "dv", "dg", "dbeta"} and max(found.values()) < 4e-3
+    times, errors = timing.interleaved(peer.programs(arrays), 1, 0.0)
+    assert times.keys() == {"fwd", "fwd_residuals", "fwdbwd"} and not errors
