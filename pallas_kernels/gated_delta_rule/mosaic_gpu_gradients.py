@@ -10,7 +10,8 @@ From the states S, the inverse X and what the sweep leaves, dS+ and dR~ (letters
     E   = dP * P + beta dA * B          dbeta = rowsum(dR~ * R) + rowsum(dA * B)
 
 A warpgroup takes 64 columns of everything as wide as a head; of the [C,C] products the first one
-takes dP's, the last one dA's.
+takes dP's, the last one dA's. Sums over the rows of a tile pass through shared memory that Mosaic
+gives to the block, not to the warpgroup: they take turns.
 
     B batch   Z chunks   C = 64 rows of a chunk   K key heads   R value heads
     H key dim = E value dim   W warpgroups, H / 64
@@ -53,7 +54,7 @@ def gradients(scale, q, k, v, do, gates, t_inv, states, dstates, dr):
 
     def body(*refs):
         sources, (dq, dk, dv, sums), scratch = refs[:9], refs[9:13], refs[13:]
-        read, computed, (first, second, met) = scratch
+        read, computed, (first, second, met, turn) = scratch
         z, b, r, w = (jax.lax.axis_index(n) for n in ("chunk", "batch", "head", "columns"))
         tokens, of_head = (b, pl.ds(z * C, C), r), (z, b, r)
         of_key_head = (b, pl.ds(z * C, C), jax.lax.div(r, jnp.int32(groups)))
@@ -78,7 +79,7 @@ def gradients(scale, q, k, v, do, gates, t_inv, states, dstates, dr):
         dbeta = _correct(x)
         meet()
         plgpu.barrier_wait(second)
-        _pairs(x, scale, dbeta, W)
+        _pairs(x, scale, dbeta, W, turn)
         _keep(x, W)
         meet()
         dq_own, of_rows = _of_queries(x, scale)
@@ -112,6 +113,7 @@ def gradients(scale, q, k, v, do, gates, t_inv, states, dstates, dr):
                 plgpu.Barrier(num_arrivals=6),
                 plgpu.Barrier(num_arrivals=3),
                 plgpu.Barrier(num_arrivals=W),
+                plgpu.Barrier(num_arrivals=1),
             ],
         ],
         grid=(R, Z, B),
@@ -158,9 +160,10 @@ def _correct(x):
     return jnp.sum(load(x.dr.at[:, x.own]) * rest, axis=1)
 
 
-def _pairs(x, scale, dbeta, warpgroups):
+def _pairs(x, scale, dbeta, warpgroups, turn):
     """Store s dP * D and Y, and what E and dA * B add to the sums."""
     from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def add(e, dbeta):
         x.sums[x.w, OF_ROWS] = jnp.sum(e, axis=1)
@@ -175,10 +178,12 @@ def _pairs(x, scale, dbeta, warpgroups):
     @pl.when(x.w == 0)
     def _():
         add(_query_pairs(x, scale), dbeta)
+        plgpu.barrier_arrive(turn)
 
     @pl.when(x.w == warpgroups - 1)
     def _():
         e, of_pairs = _key_pairs(x)
+        plgpu.barrier_wait(turn)
         add(e, dbeta + of_pairs)
 
 

@@ -3,6 +3,10 @@
 It has no `wgmma` whose left operand is in registers, and no `run_state`, which starts accumulators
 from a value. Here every warpgroup passes the operand through shared memory of its own, at most
 [64, 128], and the value is added after the product.
+
+Nor does it know what the warpgroups of a block share on the device behind the scenes: the scratch
+of a sum over the rows of a tile. Here such a sum passes through shared memory too, and sums that no
+barrier orders race.
 """
 
 import contextlib
@@ -22,14 +26,15 @@ def interpreted():
         width = 128 // jnp.dtype(dtype).itemsize
         return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)
 
-    kernel, wgmma = plgpu.kernel, plgpu.wgmma
+    kernel, wgmma, add = plgpu.kernel, plgpu.wgmma, jnp.sum
     staging = []  # of the kernel being traced
 
     def kernel_with_staging(body, *, scratch_types, num_threads=None, thread_name=None, **kwargs):
         def wrapped(*refs):
-            *refs, shared = refs
+            *refs, shared, scratch = refs
             thread = jax.lax.axis_index(thread_name) if num_threads else 0
-            staging.append({dtype: ref.at[thread] for dtype, ref in shared.items()})
+            own = {dtype: ref.at[thread] for dtype, ref in shared.items()}
+            staging.append(own | {"scratch": scratch})
             body(*refs)
             staging.pop()
 
@@ -39,7 +44,8 @@ def interpreted():
         }
         if num_threads:
             kwargs |= {"num_threads": num_threads, "thread_name": thread_name}
-        return kernel(wrapped, scratch_types=[*scratch_types, shared], **kwargs)
+        scratch = plgpu.SMEM((64,), jnp.float32)
+        return kernel(wrapped, scratch_types=[*scratch_types, shared, scratch], **kwargs)
 
     def wgmma_through_shared(acc, a, b):
         if isinstance(a, jax.Array):
@@ -48,6 +54,14 @@ def interpreted():
             plgpu.commit_smem()
             a = part
         wgmma(acc, a, b)
+
+    def sum_through_shared(x, axis=None, **kwargs):
+        result = add(x, axis=axis, **kwargs)
+        if staging and axis == 0:
+            scratch = staging[-1]["scratch"]
+            scratch[...] = result
+            result = scratch[...]
+        return result
 
     def run_state(body):
         def call(starts):
@@ -65,6 +79,7 @@ def interpreted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plgpu, "kernel", kernel_with_staging)
         patch.setattr(plgpu, "wgmma", wgmma_through_shared)
+        patch.setattr(jnp, "sum", sum_through_shared)
         patch.setattr(plgpu.ACC, "init", staticmethod(lambda x: x))
         patch.setattr(pl, "run_state", run_state)
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):

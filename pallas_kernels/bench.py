@@ -1,0 +1,126 @@
+"""Measure an op and its peers on this machine and write every row as JSON as soon as it is there.
+
+    python -m pallas_kernels.bench --op gated_delta_rule --out results/kernels/gdn_h100.json
+
+`--shapes 8x4096x16` (rows, tokens, heads) and `--implementations mosaic_gpu,xla` limit what is run;
+what fails says so in its row and the rest goes on; nothing new is begun when `--limit` seconds are
+over.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from pallas_kernels.gated_delta_rule import bench as gated_delta_rule
+from pallas_kernels.timing import Clock
+
+__all__ = ["main"]
+
+OPS = {"gated_delta_rule": gated_delta_rule}
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "torch",
+    "triton",
+    "fla-core",
+    "flash_qla",
+    "tilelang",
+)
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Run, print and write; return what was written."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options, args = _parse(arguments)
+    clock = Clock(args.limit)
+    op, found = OPS[args.op], []
+    report = {"meta": _meta(arguments, options.seed), "rows": found, "summary": {}}
+    for row in op.rows(options, clock):
+        found.append({"op": args.op} | row | {"at_s": round(args.limit - clock.left(), 1)})
+        report["summary"] = op.summary(found)
+        _write(args.out, report)
+        print(_line(found[-1]), flush=True)
+    print(json.dumps(report["summary"], indent=1))
+    return report
+
+
+def _parse(arguments):
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench")
+    parser.add_argument("--op", choices=sorted(OPS), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shapes", type=_shapes, help="BxTxR,...")
+    parser.add_argument("--implementations", type=lambda x: tuple(x.split(",")))
+    parser.add_argument("--limit", type=float, default=230.0, help="seconds")
+    for name in ("dim", "repeats", "twin", "decode", "seed"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--seconds", type=float, help="about how long a repeat takes")
+    args = parser.parse_args(arguments)
+    names = ("shapes", "implementations", "dim", "repeats", "twin", "decode", "seed", "seconds")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return OPS[args.op].Options(**given), args
+
+
+def _shapes(text: str) -> tuple[tuple[int, ...], ...]:
+    shapes = tuple(tuple(map(int, part.split("x"))) for part in text.split(","))
+    if any(len(shape) != 3 or min(shape) < 1 for shape in shapes):
+        raise argparse.ArgumentTypeError(f"expected BxTxR with positive numbers, got {text}")
+    return shapes
+
+
+def _meta(arguments: list[str], seed: int) -> dict:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    devices = jax.devices()
+    command = ["python", "-m", "pallas_kernels.bench", *arguments]
+    return {
+        "command": " ".join(command),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "versions": versions,
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seeds": {"inputs": seed},
+        "environment": {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
+        "ratios": "a peer's milliseconds by ours, of the gate where it is smaller",
+        "floor": gated_delta_rule.__doc__,
+    }
+
+
+def _git(*words: str) -> str:
+    try:
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _write(path: Path, report: dict) -> None:
+    """Whole or not at all: a run that is cut leaves the rows before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(report, indent=1) + "\n")
+    draft.replace(path)
+
+
+def _line(row: dict) -> str:
+    words = ("what", "shape", "gates", "inputs", "implementation")
+    figures = ("fwd_ms", "fwd_residuals_ms", "fwdbwd_ms", "ms", "gbps", "share_of_copy", "errors")
+    head = " ".join(f"{row[w]!s:<11}" for w in words if w in row)
+    tail = "  ".join(f"{f} {row[f]}" for f in (*figures, "error") if f in row)
+    return f"{row['at_s']:7.1f} s  {head} {tail}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The measuring command on a CPU: rows, summary, its arithmetic, failures that do not end it."""
+
+import json
+
+import pytest
+
+from pallas_kernels import bench, timing
+from pallas_kernels.gated_delta_rule import bench as gated_delta_rule
+from pallas_kernels.gated_delta_rule import peers, workload
+
+ONE = (1, 1, 1, 128)  # a token of a head
+TINY = "--op gated_delta_rule --shapes 1x64x1 --dim 8 --repeats 2 --twin 64 --decode 1"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "deep" / "gdn.json"
+    words = f"{TINY} --seconds 0 --out {out} --implementations xla,mosaic_gpu,fla"
+    returned = bench.main(words.split())
+    assert json.loads(out.read_text()) == json.loads(json.dumps(returned))
+    return returned
+
+
+def rows(report, **of):
+    return [r for r in report["rows"] if all(r.get(k) == v for k, v in of.items())]
+
+
+def test_times_errors_and_memory(report):
+    timed = rows(report, what="time", implementation="xla")
+    assert [r["gates"] for r in timed] == ["strong", "slow"]
+    for row in timed:
+        assert row["fwd_ms"] > 0 and row["fwdbwd_ms"] > 0 and "error" not in row
+        assert len(row["fwd_ms_all"]) == 2 and row["memory"]["fwdbwd"]["temp_bytes"] > 0
+    found = rows(report, what="error", implementation="xla")
+    assert [r["inputs"] for r in found] == list(workload.INPUTS)
+    for row in found:
+        assert row["errors"].keys() == {"o", "dq", "dk", "dv", "dg", "dbeta"}
+        assert 0 < max(row["errors"].values()) < 0.05
+    steps = rows(report, what="decode")
+    assert {r["implementation"] for r in steps} >= {"xla", "reference"}
+    assert all(r["share_of_copy"] > 0 for r in steps if r["implementation"] in ("xla", "reference"))
+
+
+def test_what_cannot_run_says_why(report):
+    for row in rows(report, what="time", implementation="mosaic_gpu"):
+        assert row["error"].keys() == {"fwd", "fwd_residuals", "fwdbwd"} and "fwd_ms" not in row
+        assert all("NotImplementedError: mosaic_gpu: " in error for error in row["error"].values())
+    for row in rows(report, what="time", implementation="fla"):
+        assert "no CUDA device" in row["error"] or "No module named" in row["error"]
+    assert {"command", "commit", "versions", "device", "date", "seeds"} <= report["meta"].keys()
+
+
+def test_a_peer_that_fails_does_not_end_the_run():
+    def broken():
+        raise RuntimeError("illegal memory access " + "x" * 1000)
+
+    times, errors = timing.interleaved(
+        {"good": timing.Program(lambda: 0), "bad": timing.Program(broken)}, 3, 0.0
+    )
+    assert times.keys() == {"good"} and len(times["good"]["ms_all"]) == 3
+    assert errors["bad"].startswith("RuntimeError: ... ") and len(errors["bad"]) < 600
+
+
+def test_nothing_is_begun_when_the_time_is_up():
+    options = gated_delta_rule.Options(
+        shapes=((1, 64, 1),), dim=8, decode=1, implementations=("xla",)
+    )
+    found = list(gated_delta_rule.rows(options, timing.Clock(0.0)))
+    assert [r["error"] for r in found if r["what"] == "time"] == ["not run: the time was up"]
+
+
+def test_flops_and_bytes_are_those_of_the_design():
+    """Per token and head at 128 dims: the products of the chunk form, tensors, X and states."""
+    assert workload.flops("fwd", ONE) == 163_840
+    assert workload.flops("fwdbwd", ONE) == 163_840 + 393_216
+    assert workload.traffic("fwd", ONE) == 1032
+    assert workload.traffic("fwd_residuals", ONE) == 2072
+    assert workload.traffic("fwdbwd", ONE) == 2072 + 2448
+
+
+def test_summary_takes_the_slower_gate():
+    def row(name, gates, fwd, both):
+        times = {"fwd_ms": fwd, "fwd_residuals_ms": fwd, "fwdbwd_ms": both}
+        shares = {f"{w}_floor_share": 0.5 for w in ("fwd", "fwd_residuals", "fwdbwd")}
+        base = {"what": "time", "shape": "s1_2_3", "implementation": name, "gates": gates}
+        return base | times | shares
+
+    found = gated_delta_rule.summary(
+        [
+            row("mosaic_gpu", "strong", 1.0, 4.0),
+            row("mosaic_gpu", "slow", 2.0, 4.0),
+            row("fla", "strong", 3.0, 2.0),
+            row("fla", "slow", 3.0, 4.0),
+            row("xla", "strong", 10.0, 30.0),
+            {
+                "what": "error",
+                "implementation": "mosaic_gpu",
+                "inputs": "slow",
+                "errors": {"o": 0.1},
+            },
+            {"what": "decode", "implementation": "xla", "share_of_copy": 0.4},
+        ]
+    )
+    assert found["fwd_ms_s1_2_3"] == 2.0 and found["fwd_vs_fla_s1_2_3"] == 1.5
+    assert found["fwdbwd_vs_fla_s1_2_3"] == 0.5 and found["speedup_vs_xla_s1_2_3"] == 7.5
+    assert found["max_rel_err"] == 0.1 and found["decode_step_bandwidth_share"] == 0.4
+
+
+def test_every_peer_says_why_it_cannot_run():
+    for name in peers.PEERS:
+        with pytest.raises(ImportError):
+            peers.load(name)
+
+
+@pytest.mark.torch
+def test_a_peer_is_given_the_same_numbers_and_asked_for_the_same_gradients():
+    """A token loop in torch, in the place of a peer, is as exact as bf16 outputs are."""
+    torch = pytest.importorskip("torch")
+
+    def token_loop(q, k, v, g, beta):
+        dtype, (q, k, v) = v.dtype, (x.double() for x in (q, k, v))
+        state, o = torch.zeros((*q.shape[:1], *q.shape[2:], v.shape[-1])).double(), []
+        for t in range(q.shape[1]):
+            state = state * g[:, t, :, None, None].exp()
+            left = v[:, t] - torch.einsum("brh,brhe->bre", k[:, t], state)
+            state = state + torch.einsum("brh,bre->brhe", k[:, t], beta[:, t, :, None] * left)
+            o.append(torch.einsum("brh,brhe->bre", q[:, t], state) * q.shape[-1] ** -0.5)
+        return torch.stack(o, 1).to(dtype), state
+
+    arrays = workload.draw((1, 40, 2, 8), "slow")
+    peer = peers.Peer("loop", "0", token_loop)
+    found = workload.errors(workload.exact(arrays), workload.named(*peer.results(arrays)))
+    assert found.keys() == {"o", "dq", "dk", "dv", "dg", "dbeta"} and max(found.values()) < 4e-3
+    times, errors = timing.interleaved(peer.programs(arrays), 1, 0.0)
+    assert times.keys() == {"fwd", "fwd_residuals", "fwdbwd"} and not errors
