@@ -150,7 +150,7 @@ class HydraAttention(nnx.Module):
         self, x: Float[Array, "B T D"], seq: Sequence
     ) -> tuple[tuple | None, tuple | None]:
         """(output, gate) of the FA and of the LA heads, before fusion."""
-        kv_fa, kv_la = self._tied(x)
+        kv_fa, kv_la = self.tied(x)
         fa = la = None
         if self.fa is not None:
             fa = (self.fa(x, seq, kv_fa), self.fa.gate(x))
@@ -183,7 +183,7 @@ class HydraAttention(nnx.Module):
         return LayerState(kv, delta)
 
     def _cached(self, method: str, x, seq, state: LayerState, at) -> tuple[Array, LayerState]:
-        kv_fa, kv_la = self._tied(x)
+        kv_fa, kv_la = self.tied(x)
         fa = la = None
         kv, delta = state.kv, state.delta
         if self.fa is not None:
@@ -195,8 +195,8 @@ class HydraAttention(nnx.Module):
         y, _ = self.mix(x, fa, la)
         return y, LayerState(kv, delta)
 
-    def _tied(self, x: Array) -> tuple[tuple | None, tuple | None]:
-        """Raw K, V for each branch when they are tied, picked from the teacher's KV heads."""
+    def tied(self, x: Array) -> tuple[tuple | None, tuple | None]:
+        """Raw K, V for each branch where they are tied, picked from the teacher's KV heads."""
         if self.kv is None:
             return None, None
         k, v = self.kv(x)

@@ -211,10 +211,12 @@ def abstract_model(cfg: ModelConfig, hydra: HydraConfig, plan: HeadPlan, **kwarg
 def init_params(
     cfg: ModelConfig, hydra: HydraConfig, plan: HeadPlan, seed: int, **kwargs
 ) -> tuple[nnx.GraphDef, Params]:
-    """Structure and fresh fp32 parameters, drawn in one compiled program."""
-    graphdef, _ = split_params(abstract_model(cfg, hydra, plan, **kwargs))
-    fresh = jax.jit(lambda key: split_params(Model(cfg, hydra, plan, rngs=nnx.Rngs(key)))[1])
-    return graphdef, fresh(jax.random.key(seed))
+    """Structure and fresh fp32 parameters.
+
+    Drawn one by one: a program that draws them all takes minutes to compile for a deep model,
+    while arrays of one shape share one small program.
+    """
+    return split_params(Model(cfg, hydra, plan, rngs=nnx.Rngs(seed), **kwargs))
 
 
 def split_params(model: Model) -> tuple[nnx.GraphDef, Params]:

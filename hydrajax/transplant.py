@@ -3,27 +3,24 @@
 Everything outside attention, W_O, the queries and the used KV heads are copied; K and V of LA
 heads are cloned from KV head n // G; decay, write strength, gates and gamma are initialised as
 HydraConfig says (`fla`; `taylor` after Taylor-Calibrate, 2606.16429; `blend` after Priming,
-2605.08301). Calibration reads a few batches through the teacher.
+2605.08301). What needs data is measured by `calibration`.
 """
 
 import math
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hydrajax.calibration import inverse_softplus, loudness, recurrence, scaled_heads
 from hydrajax.config import HydraConfig, ModelConfig
 from hydrajax.head_plan import HeadPlan, LayerPlan
 from hydrajax.model import Model, bind, init_params
-from hydrajax.typing import Array, Params, UserError
+from hydrajax.typing import Params, UserError
 
 SILU_ONE = 1.2784645  # silu(1.2784645) = 1
 NEAR_ONE_STD = 1e-4
-GATE_RMS_FLOOR = 0.05
-DECAY_RANGE = (1e-3, 5.0)
-MIN_LOOK_BACK = 0.5
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,9 @@ class Teacher:
     graphdef: nnx.GraphDef
     params: Params
     cfg: ModelConfig
+
+    def model(self) -> Model:
+        return bind(self.graphdef, self.params)
 
 
 def transplant(
@@ -75,8 +75,8 @@ def transplant(
     for l in range(plan.num_layers):
         params |= _fresh(f"layers.{l}.attn", params, teacher, hydra, plan.layer(l), rng)
     if hydra.gdn_init == "taylor" and batches:
-        params |= _taylor(teacher, hydra, plan, batches[0])
-    params |= _gamma(teacher, graphdef, params, hydra, plan, batches)
+        params |= recurrence(teacher.model(), hydra, plan, batches[0])
+    params |= _gamma(teacher, bind(graphdef, params), batches)
     return params, Report(**counts)
 
 
@@ -168,124 +168,15 @@ def _gate(prefix: str, shape, teacher: Teacher, init: str, heads, kind: str, rng
     }
 
 
-def inverse_softplus(y: np.ndarray) -> np.ndarray:
-    """x with log(1 + e^x) = y, y > 0."""
-    return y + np.log(-np.expm1(-y))
-
-
-def _taylor(
-    teacher: Teacher, hydra: HydraConfig, plan: HeadPlan, batch: dict[str, np.ndarray]
-) -> Params:
-    """Decay from each head's mean look-back distance, write strength from its entropy.
-
-    A head that looks back d tokens on average gets a half-life of d: g = -ln 2 / d. A head with
-    flat attention writes weakly (beta 0.3), a peaked one strongly (0.7). 4 x 256 tokens.
-    """
-    rows = {k: jnp.asarray(v[:4, :256]) for k, v in batch.items()}
-    distance, entropy = jax.jit(
-        lambda params, rows: _attention_shape(bind(teacher.graphdef, params), rows)
-    )(teacher.params, rows)
-    distance, entropy, out = np.asarray(distance), np.asarray(entropy), {}
-    for l in range(plan.num_layers):
-        la = np.array(plan.layer(l).la, int)
-        if not len(la):
-            continue
-        decay = np.clip(math.log(2) / np.maximum(distance[l, la], MIN_LOOK_BACK), *DECAY_RANGE)
-        beta = 0.3 + 0.4 * (1 - entropy[l, la])
-        beta = beta / 2 if hydra.neg_eigval else beta  # the layer doubles its sigmoid then
-        prefix = f"layers.{l}.attn.la"
-        out |= {
-            f"{prefix}.a_log": np.zeros(len(la)),
-            f"{prefix}.w_a": np.zeros((teacher.cfg.width, len(la))),
-            f"{prefix}.dt_bias": inverse_softplus(decay),
-            f"{prefix}.beta_bias": np.log(beta) - np.log1p(-beta),
-        }
-    return {path: jnp.asarray(v, jnp.float32) for path, v in out.items()}
-
-
-def _attention_shape(teacher: Model, rows: dict[str, Array]) -> tuple[Array, Array]:
-    """Mean look-back distance in tokens and entropy / ln(context) of every head, [L, N] each."""
-    inputs = {k: rows[k] for k in ("tokens", "segment_ids", "positions")}
-    _, taps = teacher.hidden(**inputs, taps=("attn_in",))
-    seq = teacher.sequence(rows["tokens"].shape, rows["segment_ids"], rows["positions"])
-    segments, length = rows["segment_ids"], rows["tokens"].shape[1]
-    back = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-    mask = (back >= 0) & (segments[:, :, None] == segments[:, None, :])
-    scored = ((segments > 0) & (seq.positions > 0)).astype(jnp.float32)  # one key has no choice
-    context = jnp.log(jnp.maximum(seq.positions + 1, 2))
-
-    def shape(attn, x):
-        q, k, _ = attn.fa.qkv(x, seq, None)
-        k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
-        logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
-        p = jax.nn.softmax(jnp.where(mask[:, None], logits * q.shape[-1] ** -0.5, -1e30))
-        distance = jnp.einsum("bnts,ts->bnt", p, back.astype(jnp.float32))
-        entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)), axis=-1) / context[:, None]
-        mean = lambda a: jnp.einsum("bnt,bt->n", a, scored) / jnp.sum(scored)  # noqa: E731
-        return mean(distance), mean(entropy)
-
-    shapes = [shape(b.attn, x) for b, x in zip(teacher.layers, taps.attn_in, strict=True)]
-    return jnp.stack([d for d, _ in shapes]), jnp.stack([e for _, e in shapes])
-
-
-def _gamma(teacher: Teacher, graphdef, params: Params, hydra: HydraConfig, plan: HeadPlan, batches):
-    """gamma_n so that each head speaks as loudly to W_O as the teacher's did.
-
-    With u = what the fusion gives at gamma = 1: `calibrated` RMS(O_teacher) / RMS(u) (divisor
-    floored at 0.05), `ols` <O_teacher, u> / |u|^2.
-    """
-    paths = {l: f"layers.{l}.attn.fusion.gamma" for l in range(plan.num_layers)}
-    paths = {l: path for l, path in paths.items() if path in params}
-    measured = hydra.gamma_init in ("calibrated", "ols")
-    if not paths or hydra.gamma_init == "one" or (measured and not batches):
-        return {}
-    heads = {
-        l: plan.layer(l).la if hydra.fusion == "la_only_norm" else range(plan.num_heads)
-        for l in paths
-    }
-    if hydra.gamma_init == "zero_la":
+def _gamma(teacher: Teacher, student: Model, batches: list[dict[str, np.ndarray]]) -> Params:
+    """The fusion's gamma as `hydra.gamma_init` says; `one` is what it was made with."""
+    rule, heads = student.hydra.gamma_init, scaled_heads(student)
+    if rule == "zero_la":
+        la = {l: student.plan.layer(l).la for l in heads}
         return {
-            path: jnp.asarray(
-                [0.0 if n in plan.layer(l).la else 1.0 for n in heads[l]], jnp.float32
-            )
-            for l, path in paths.items()
+            f"layers.{l}.attn.fusion.gamma": jnp.asarray([float(n not in la[l]) for n in own])
+            for l, own in heads.items()
         }
-    sums_of = jax.jit(
-        lambda t, s, rows: _head_power(bind(teacher.graphdef, t), bind(graphdef, s), rows)
-    )
-    sums = np.zeros((3, plan.num_layers, plan.num_heads))
-    for batch in batches:
-        sums += np.asarray(
-            sums_of(teacher.params, params, {k: jnp.asarray(v) for k, v in batch.items()})
-        )
-    (target, own, cross), elements = (
-        sums[:3],
-        sum(int((b["segment_ids"] > 0).sum()) for b in batches),
-    )
-    own_rms = np.sqrt(own / (elements * teacher.cfg.head_dim))
-    target_rms = np.sqrt(target / (elements * teacher.cfg.head_dim))
-    if hydra.gamma_init == "ols":
-        gamma = cross / np.maximum(own, 1e-12)
-    else:
-        gamma = target_rms / np.maximum(own_rms, GATE_RMS_FLOOR)
-    return {
-        path: jnp.asarray(gamma[l, np.array(list(heads[l]), int)], jnp.float32)
-        for l, path in paths.items()
-    }
-
-
-def _head_power(teacher: Model, student: Model, rows: dict[str, Array]) -> Array:
-    """Sums over tokens and dims of O_teacher^2, u^2 and O_teacher u: [3, L, N]."""
-    inputs = {k: rows[k] for k in ("tokens", "segment_ids", "positions")}
-    _, taps = teacher.hidden(**inputs, taps=("attn_in", "head_out"))
-    seq = student.sequence(
-        rows["tokens"].shape, rows["segment_ids"], rows["positions"], training=True
-    )
-    weights = (rows["segment_ids"] > 0).astype(jnp.float32)
-    out = []
-    for block, x, target in zip(student.layers, taps.attn_in, taps.head_out, strict=True):
-        u = block.attn(x.astype(jnp.float32), seq)[1]
-        target = target.astype(jnp.float32)
-        pairs = (target * target, u * u, target * u)
-        out.append(jnp.stack([jnp.einsum("btnh,bt->n", p, weights) for p in pairs]))
-    return jnp.stack(out, axis=1)
+    if rule == "one" or not heads or not batches:
+        return {}
+    return loudness(teacher.model(), student, batches, rule)

@@ -92,7 +92,7 @@ def _meta(arguments: list[str], seed: int) -> dict:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seeds": {"inputs": seed},
         "environment": {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
-        "ratios": "a peer's milliseconds by ours, of the gate where it is smaller",
+        "ratios": "vs: our milliseconds by the peer's, of the gate where that is larger",
         "floor": gated_delta_rule.__doc__,
     }
 

@@ -266,7 +266,8 @@ def _load_peers(options: Options) -> tuple[dict[str, peers.Peer], dict[str, str]
 
 
 def summary(rows: list[dict], subject: str = "mosaic_gpu") -> dict[str, float]:
-    """Of each shape the slower gate; ratios are a peer's time by ours, above 1 we are faster."""
+    """Of each shape the slower gate. `vs` is our time by the peer's, below 1 we are faster;
+    `speedup_vs_xla` is the other way round."""
     found: dict[str, float] = {}
 
     def keep(name, value, worse):
@@ -284,11 +285,11 @@ def summary(rows: list[dict], subject: str = "mosaic_gpu") -> dict[str, float]:
         if mine is None or name == subject:
             continue
         both = [what for what in ("fwd", "fwdbwd") if f"{what}_ms" in row and f"{what}_ms" in mine]
-        ratios = {what: round(row[f"{what}_ms"] / mine[f"{what}_ms"], 3) for what in both}
+        ratios = {what: mine[f"{what}_ms"] / row[f"{what}_ms"] for what in both}
         for what, ratio in ratios.items():
-            keep(f"{what}_vs_{name}_{shape}", ratio, min)
+            keep(f"{what}_vs_{name}_{shape}", round(ratio, 3), max)
         if name == "xla" and ratios:
-            keep(f"speedup_vs_xla_{shape}", min(ratios.values()), min)
+            keep(f"speedup_vs_xla_{shape}", round(1 / max(ratios.values()), 2), min)
     for row in rows:
         if row["what"] == "error" and row.get("implementation") == subject and "errors" in row:
             worst = max(row["errors"].values())
