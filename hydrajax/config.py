@@ -41,7 +41,7 @@ STAGE_PRESETS: dict[str, dict[str, Any]] = {
 }
 SELECT_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": dict(alloc="global", fuse_norm="minmax"),
+    "paper": dict(alloc="global"),
     "halo": dict(scorer="layerwise", alloc="layerwise"),
     "safe": dict(scorer="patch_recv"),
 }
@@ -121,7 +121,7 @@ class SelectConfig:
     scorer: str = "patch"  # patch | patch_recv | atp | ablate | retrieval | duo | ppl; random |
     #                        fixed | layerwise are controls
     general: str = "ppl"  # fused with the scorer's retrieval: ppl | none
-    fuse_norm: str = "rank"  # rank | minmax: how capabilities become comparable
+    fuse_norm: str = "minmax"  # minmax | rank: how capabilities become comparable
     alloc: str = "global_c"  # global | global_c (>= 1 a layer) | per_layer | layerwise
     unit: str = "q_head"  # q_head | kv_group
     ratio: float = 0.25  # share of units that stay full attention
@@ -151,7 +151,7 @@ class SelectConfig:
             "ablation": ("mean", "zero"),
             "report": ("full", "scores"),
             "general": ("ppl", "none"),
-            "fuse_norm": ("rank", "minmax"),
+            "fuse_norm": ("minmax", "rank"),
             "alloc": ("global", "global_c", "per_layer", "layerwise"),
             "unit": ("q_head", "kv_group"),
             "answer_prefix": ("clean", "own"),

@@ -14,6 +14,7 @@ def get_config(argument: str | None = None):
     config.data.seq_len = 2048
     config.data.rows = 16
     config.train.steps = 100
+    config.train.remat = "block"  # 32K tokens a step beside another run
     config.optim.peak_lr = 3e-5
     config.optim.schedule = "constant"
     return common.smoke(config) if options["smoke"] else config
