@@ -85,6 +85,16 @@ def make_train_step(programs: Programs):
     return step
 
 
+def jit_train_step(programs: Programs, places: TrainState):
+    """The step compiled, its state donated.
+
+    Shardings are pinned: were the compiler free to choose, the second step would compile again.
+    """
+    return jax.jit(
+        make_train_step(programs), donate_argnames=("state",), out_shardings=(places, None)
+    )
+
+
 def make_eval_step(programs: Programs):
     """`evaluate(params, teacher_params, batch) -> metrics`: the stage's loss without gradients."""
     stage, cfg = STAGES[programs.run.stage], programs.run.train
