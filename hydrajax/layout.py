@@ -106,9 +106,7 @@ def lay_out(cfg: RunConfig, mesh: Mesh, student: Design, teacher: Callable[[], D
     return Layout(programs, placed, frozen, places, mesh)
 
 
-def place(
-    design: Design, stage: str, mesh: Mesh, *, kernels: KernelConfig, **options
-) -> Placed:
+def place(design: Design, stage: str, mesh: Mesh, *, kernels: KernelConfig, **options) -> Placed:
     """A model as a stage runs it, its parameters placed by the rules of `sharding`."""
     model = abstract_model(
         design.model, design.hydra.for_stage(stage), design.plan, kernels=kernels, **options
