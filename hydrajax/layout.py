@@ -17,7 +17,13 @@ from hydrajax.config import HydraConfig, KernelConfig, ModelConfig, RunConfig
 from hydrajax.head_plan import HeadPlan
 from hydrajax.model import abstract_model, logical_axes, split_params
 from hydrajax.optim import make_optimizer, schedule, state_shardings
-from hydrajax.sharding import batch_sharding, check_rows, param_shardings, replicated
+from hydrajax.sharding import (
+    batch_sharding,
+    check_rows,
+    device_kind,
+    param_shardings,
+    replicated,
+)
 from hydrajax.stages import STAGES
 from hydrajax.trainer import Programs, TrainState
 from hydrajax.typing import Params
@@ -56,6 +62,10 @@ class Layout:
     teacher: Placed | None  # in the compute dtype
     places: TrainState  # sharding of every leaf of the state
     mesh: Mesh
+
+    @property
+    def device_kind(self) -> str:
+        return device_kind(self.mesh)
 
     def state(self) -> TrainState:
         """The training state, abstract."""

@@ -145,11 +145,11 @@ def _closing(text: str, start: int) -> int:
 def size_of(shape: str, hbm_only: bool = False) -> int:
     """Bytes of an array or of all arrays of a tuple, without the padding of layouts.
 
-    `hbm_only` leaves out what the compiler placed in another memory, "S(n)" in its layout.
+    `hbm_only` leaves out scalars and what the compiler placed elsewhere, "S(n)" in its layout.
     """
     total = 0
     for dtype, dims, layout in _SHAPE.findall(shape):
-        if hbm_only and "S(" in layout:
+        if hbm_only and ("S(" in layout or not dims):
             continue
         bits = BITS[dtype] if dtype in BITS else int(re.search(r"\d+", dtype)[0])
         total += math.ceil(math.prod(int(d) for d in dims.split(",") if d) * bits / 8)

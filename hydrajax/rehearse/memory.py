@@ -6,9 +6,10 @@ mesh.model > 1 it is an upper bound, since heads and MLP widths are then split f
 the compiler's, and `other` is what it needs beside: gradients, working space, code.
 """
 
+import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from hydrajax.config import RunConfig
 from hydrajax.layout import Layout
 from hydrajax.rehearse.chips import GIB
 from hydrajax.trainer import make_loss
+from hydrajax.typing import Params
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,18 @@ def count(layout: Layout) -> Memory:
 def activations(layout: Layout) -> int:
     """Bytes that one micro-batch's forward pass keeps for its backward pass on one device.
 
-    They are the residuals that depend on the batch; the others are parameters, counted already.
+    They are the residuals that depend on the batch and are not of a parameter's shape: the others
+    are parameters, counted already, and gradients of the unembedding, which the losses take early.
     """
     cfg, mesh = layout.programs.run, layout.mesh
     rows = cfg.data.rows // cfg.train.accum // (mesh.shape["data"] * mesh.shape["fsdp"])
     batch = {
-        name: jax.ShapeDtypeStruct((max(rows, 1), a.shape[1]), a.dtype)
+        name: jax.ShapeDtypeStruct((max(rows, 1), cfg.data.seq_len), a.dtype)
         for name, a in layout.batch().items()
     }
-    shapes = lambda params: {p: jax.ShapeDtypeStruct(a.shape, a.dtype) for p, a in params.items()}  # noqa: E731
-    trained = shapes(layout.trained())
-    frozen = {p: a for p, a in shapes(layout.student.params).items() if p not in trained}
-    teacher = shapes(layout.teacher.params) if layout.teacher else {}
+    student, trained = _shapes(layout.student.params), _shapes(layout.trained())
+    frozen = {path: a for path, a in student.items() if path not in trained}
+    teacher = _shapes(layout.teacher.params) if layout.teacher else {}
     loss = make_loss(layout.programs)
 
     def residuals(batch, trained, frozen, teacher):
@@ -90,7 +92,13 @@ def activations(layout: Layout) -> int:
     one = Mesh(mesh.devices.reshape(-1)[:1].reshape(1, 1, 1), mesh.axis_names)
     with jax.set_mesh(one):
         jaxpr = jax.make_jaxpr(residuals)(batch, trained, frozen, teacher).jaxpr
-    return sum(var.aval.size * var.aval.dtype.itemsize for var in _kept(jaxpr, len(batch)))
+    weights = {a.shape for a in (*student.values(), *teacher.values())}
+    kept = (var.aval for var in _kept(jaxpr, len(batch)) if var.aval.shape not in weights)
+    return sum(a.size * a.dtype.itemsize for a in kept)
+
+
+def _shapes(params: Params) -> Params:
+    return {path: jax.ShapeDtypeStruct(a.shape, a.dtype) for path, a in params.items()}
 
 
 def _kept(jaxpr, inputs: int) -> set:
@@ -104,15 +112,10 @@ def _kept(jaxpr, inputs: int) -> set:
 
 
 def _on_device(tree) -> int:
-    leaves = jax.tree.leaves(tree)
-    return sum(jnp.dtype(a.dtype).itemsize * _size(a.sharding.shard_shape(a.shape)) for a in leaves)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for dim in shape:
-        size *= dim
-    return size
+    return sum(
+        jnp.dtype(a.dtype).itemsize * math.prod(a.sharding.shard_shape(a.shape))
+        for a in jax.tree.leaves(tree)
+    )
 
 
 def compiled_total(stats) -> int:
@@ -145,50 +148,47 @@ def refusal(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> str:
     parts = ", ".join(
         f"{name} {value / GIB:.2f}"
         for name, value in memory.facts().items()
-        if name not in ("total", "hbm") and value
+        if name not in ("total", "hbm", "other") and value
     )
-    knobs = list(advice(cfg, mesh, memory))
-    last = "; or take a topology with more devices." if knobs else "Take more devices."
+    knobs = "; or ".join((*advice(cfg, mesh, memory), "take a topology with more devices"))
     return (
-        f"does not fit: a device needs {memory.total / GIB:.2f} GiB of {memory.hbm / GIB:.2f} GiB "
-        f"HBM ({parts} GiB). " + "; else ".join(knobs) + last
+        f"does not fit: a device needs {memory.total / GIB:.2f} GiB, its HBM has "
+        f"{memory.hbm / GIB:.2f} GiB ({parts}). To do: {knobs}."
     )
 
 
 def advice(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> Iterator[str]:
-    """Knobs in the order in which they cost least, each with the value to try."""
+    """Knobs with the values to try, those first that cost least."""
     devices = mesh["data"] * mesh["fsdp"] * mesh["model"]
-    if memory.state > memory.hbm:
-        fsdp = devices // mesh["model"]
-        if fsdp > mesh["fsdp"]:
-            yield (
-                f"set --config.mesh.fsdp={fsdp} --config.mesh.data=1 (fsdp is {mesh['fsdp']}): "
-                "every device keeps a whole copy of what fsdp does not split"
-            )
-        return
-    rows = cfg.data.rows // cfg.train.accum // (mesh["data"] * mesh["fsdp"])
-    ratio = (memory.total - memory.state) / max(memory.hbm - memory.state, 1)
-    if rows > 1:
-        yield f"set --config.train.accum={_accum(cfg, mesh, ratio)} (now {cfg.train.accum})"
-    if cfg.train.remat != "block":
-        yield f"set --config.train.remat=block (now {cfg.train.remat})"
-    pieces = cfg.train.loss_chunk // (mesh["data"] * mesh["fsdp"])
-    if pieces > 1:
-        yield f"set --config.train.loss_chunk={cfg.train.loss_chunk // 2} (now {cfg.train.loss_chunk})"
-    if rows <= 1:
-        yield f"set --config.data.seq_len={cfg.data.seq_len // 2} (now {cfg.data.seq_len})"
-
-
-def _accum(cfg: RunConfig, mesh: dict[str, int], ratio: float) -> int:
-    """The least accumulation that makes micro-batches smaller by `ratio`, or else the most."""
     split = mesh["data"] * mesh["fsdp"]
-    fitting = [
-        a
-        for a in range(cfg.train.accum + 1, cfg.data.rows // split + 1)
-        if cfg.data.rows % a == 0 and cfg.data.rows // a % split == 0
+    if mesh["data"] > 1:
+        yield (
+            f"split parameters and moments over more devices, --config.mesh.data=1 "
+            f"--config.mesh.fsdp={devices // mesh['model']} (now {mesh['data']} and {mesh['fsdp']})"
+        )
+    if memory.state > memory.hbm:
+        return  # rows and activations are not what is too much
+    rows = cfg.data.rows // cfg.train.accum // split
+    if rows > 1:
+        ratio = (memory.total - memory.state) / max(memory.hbm - memory.state, 1)
+        more = _accum(cfg, split, ratio)
+        yield f"smaller micro-batches, --config.train.accum={more} (now {cfg.train.accum})"
+    if cfg.train.remat != "block":
+        yield f"keep less for the backward pass, --config.train.remat=block (now {cfg.train.remat})"
+    if cfg.train.loss_chunk // split > 1:
+        less = cfg.train.loss_chunk // 2
+        yield f"fewer logits at a time, --config.train.loss_chunk={less} (now {less * 2})"
+    if rows <= 1:
+        length = cfg.data.seq_len
+        yield f"shorter rows, --config.data.seq_len={length // 2} (now {length})"
+
+
+def _accum(cfg: RunConfig, split: int, ratio: float) -> int:
+    """The least accumulation that makes micro-batches smaller by `ratio`, or else the most."""
+    possible = [
+        accum
+        for accum in range(cfg.train.accum + 1, cfg.data.rows // split + 1)
+        if cfg.data.rows % accum == 0 and cfg.data.rows // accum % split == 0
     ]
-    return next((a for a in fitting if a >= ratio * cfg.train.accum), fitting[-1])
-
-
-def with_total(memory: Memory, total: int, hbm: int) -> Memory:
-    return replace(memory, total=total, hbm=hbm)
+    enough = (accum for accum in possible if accum >= ratio * cfg.train.accum)
+    return next(enough, possible[-1])

@@ -1,6 +1,6 @@
 """A step's time from what it must compute and move; a model of the machine, not a measurement.
 
-    compute = FLOPs / peak        hbm = bytes / HBM bandwidth        ici = bytes sent / ICI bandwidth
+    compute = FLOPs / peak     hbm = bytes / HBM bandwidth     ici = bytes sent / ICI bandwidth
 
 The step takes at least the longest of the three (all overlap) and about their sum when nothing
 does. FLOPs are those of the mathematics (`flops.py`), so a model FLOPs utilisation follows; what is

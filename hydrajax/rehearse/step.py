@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -74,7 +74,7 @@ def devices_of(topology: str) -> list:
 
 def subjects(cfg: RunConfig) -> tuple[Subject, Subject]:
     """(student, teacher) from what folders there are, else from the config alone."""
-    if (Path(cfg.teacher) / "config.json").is_file() and cfg.teacher:
+    if cfg.teacher and (Path(cfg.teacher) / "config.json").is_file():
         info = read_config(cfg.teacher)
         teacher = Subject(info.model, info.hydra, info.plan, cfg.teacher)
     elif cfg.model is not None:
@@ -133,11 +133,13 @@ def compile_step(layout: Layout) -> Compiled:
             if sizes is None:
                 raise
             took("compile")
-            return Compiled(hbm.with_total(memory, *sizes), None, seconds)
+            return Compiled(replace(memory, total=sizes[0], hbm=sizes[1]), None, seconds)
     took("compile")
     total = hbm.compiled_total(executable.memory_analysis())
-    chip = chip_of(layout.mesh.devices.flat[0].device_kind)
-    return Compiled(hbm.with_total(memory, total, chip.hbm), executable.as_text(), seconds)
+    chip = chip_of(layout.device_kind)
+    return Compiled(
+        replace(memory, total=total, hbm=round(chip.hbm)), executable.as_text(), seconds
+    )
 
 
 def implementations(program: Program) -> dict[str, list[str]]:
