@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hydrajax.rehearse.chips import CHIPS, GIB, chip_of
+from hydrajax.rehearse.chips import CHIPS, GIB
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = REPO / "results" / "rehearsal", REPO / "docs" / "rehearsal.md"
@@ -26,8 +26,8 @@ def case(config: str, topology: str, *flags: str) -> tuple[str, ...]:
 
 
 def pod(data: int, fsdp: int, rows: int, accum: int = 1) -> tuple[str, ...]:
-    return (f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.data.rows={rows}",
-            f"--config.train.accum={accum}")  # fmt: skip
+    mesh = f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"
+    return (*mesh, f"--config.data.rows={rows}", f"--config.train.accum={accum}")
 
 
 CASES = {
@@ -70,9 +70,7 @@ def page() -> str:
         for c in CHIPS
     )
     assumed = "\n".join(f"- {text}" for text in next(iter(found.values()))["meta"]["assumptions"])
-    refused = "\n\n".join(
-        f"`{name}`: {row['message']}" for name, row in rows if not row["fits"]
-    )
+    refused = "\n\n".join(f"`{name}`: {row['message']}" for name, row in rows if not row["fits"])
     return PAGE_TEXT.format(
         table="\n".join(_line(name, row) for name, row in rows),
         memory="\n".join(_memory(name, row) for name, row in rows),
@@ -163,8 +161,8 @@ bidirectional ICI figure a device sends half. A TPU7x chip is two devices.
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case_ if case_[:1] == ["run"]:
-            run(case_[1:])
+        case ["run", *names]:
+            run(names)
         case ["table"]:
             PAGE.write_text(page())
         case _:
