@@ -4,6 +4,7 @@ Stages: pretrain (tiny teacher only), align, distill, extend. Each run has one f
 config.json, tokenizer files, checkpoints/, metrics.jsonl. Run the same command again to resume.
 """
 
+import functools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,24 +12,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from hydrajax import distributed
-from hydrajax.checkpoint import CheckpointStore, load_run, make_lineage, write_config
+from hydrajax.checkpoint import CheckpointStore, Run, load_run, make_lineage, write_config
 from hydrajax.command import run_command
 from hydrajax.config import RunConfig, to_plain
 from hydrajax.data.pipeline import eval_rows, make_pipeline
+from hydrajax.layout import Layout, Placed, lay_out
 from hydrajax.loop import Loop, run_loop
 from hydrajax.metrics import MetricWriter, sparkline, train_flops_per_token
-from hydrajax.model import abstract_model, load_model, logical_axes, split_params
-from hydrajax.optim import make_optimizer, schedule, state_shardings
-from hydrajax.sharding import device_kind, make_mesh, param_shardings, replicated
-from hydrajax.stages import STAGES
+from hydrajax.model import load_model
+from hydrajax.sharding import device_kind, make_mesh
 from hydrajax.start import find_start
 from hydrajax.tokenizer import load_tokenizer, save_tokenizer
-from hydrajax.trainer import Programs, TrainState
+from hydrajax.trainer import TrainState
 from hydrajax.typing import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -75,41 +73,25 @@ def main(argv: list[str]) -> None:
         save_tokenizer(tokenizer, cfg.out)
 
     # ---- programs and state ------------------------------------------------------------------
-    stage, dtype = STAGES[cfg.stage], jnp.dtype(cfg.train.compute_dtype)
-    student = abstract_model(
-        start.model, start.hydra.for_stage(cfg.stage), start.plan,
-        dtype=dtype, remat=cfg.train.remat, kernels=cfg.kernels,
-    )  # fmt: skip
-    graphdef, abstract = split_params(student)
-    axes, shapes = logical_axes(student), {path: a.shape for path, a in abstract.items()}
-    shardings = param_shardings(mesh, axes, shapes)
-    for path in replicated(mesh, axes, shapes):
+    teacher = functools.cache(lambda: read_teacher(cfg))
+    layout = lay_out(cfg, mesh, start, lambda: teacher().info)
+    for path in layout.student.whole:
         say(f"heads kept whole on every device (mesh.model={mesh.shape['model']}): {path}")
-
-    teacher_graph, teacher_params = None, {}
-    if stage.needs_teacher(cfg.train):
-        teacher_graph, teacher_params = load_teacher(cfg, mesh, dtype)
-    programs = Programs(
-        graphdef, teacher_graph, cfg,
-        tx=make_optimizer(cfg.optim, cfg.train.steps),
-        learning_rate=schedule(cfg.optim, cfg.train.steps),
-    )  # fmt: skip
-    trained = programs.trainable(abstract)
-    places = TrainState(
-        NamedSharding(mesh, P()), shardings, state_shardings(programs.tx, trained, shardings, mesh)
-    )
+    teacher_params = {} if layout.teacher is None else place_teacher(teacher(), layout.teacher)
+    programs, places = layout.programs, layout.places
     if start.resume is None:
         params = {path: jnp.asarray(p, jnp.float32) for path, p in start.params.items()}
-        params = jax.device_put(params, shardings)
+        params = jax.device_put(params, places.params)
         init = jax.jit(programs.tx.init, out_shardings=places.opt_state)
         step = jax.device_put(jnp.zeros((), jnp.int32), places.step)
         state = TrainState(step, params, init(programs.trainable(params)))
     else:
-        state = restore(store, start.resume, programs, abstract, places, pipeline)
+        state = restore(store, start.resume, layout, pipeline)
 
     # ---- loop --------------------------------------------------------------------------------
-    total = sum(a.size for a in abstract.values())
-    say(f"{total:,} parameters, {sum(a.size for a in trained.values()):,} trained, "
+    total, trained = (sum(a.size for a in tree.values())
+                      for tree in (layout.student.params, layout.trained()))  # fmt: skip
+    say(f"{total:,} parameters, {trained:,} trained, "
         f"{cfg.data.rows * cfg.data.seq_len:,} tokens a step")  # fmt: skip
     writer = MetricWriter(
         Path(cfg.out), start_step=int(state.step), total_steps=cfg.train.steps, stage=cfg.stage,
@@ -138,38 +120,28 @@ def holdout_batches(cfg: RunConfig, tokenizer) -> list[dict]:
     )
 
 
-def load_teacher(cfg: RunConfig, mesh, dtype):
-    """Frozen teacher in the compute dtype, placed like a student would be."""
+def read_teacher(cfg: RunConfig) -> Run:
+    """The frozen teacher, of the shapes that the config expects."""
     if not cfg.teacher:
         raise UserError(f"stage {cfg.stage} needs config.teacher, the folder of the teacher.")
-    run = load_run(cfg.teacher)
-    graphdef, params = load_model(run, dtype=dtype, kernels=cfg.kernels)
-    axes = logical_axes(abstract_model(run.info.model, run.info.hydra, run.info.plan))
-    shardings = param_shardings(mesh, axes, {path: p.shape for path, p in params.items()})
-    placed = {
-        k: jax.device_put(jnp.asarray(p).astype(dtype), shardings[k]) for k, p in params.items()
+    return load_run(cfg.teacher)
+
+
+def place_teacher(run: Run, placed: Placed) -> dict:
+    """Its parameters in the compute dtype, where a student's would be."""
+    _, params = load_model(run)  # refuses parameters that are not this model's
+    return {
+        path: jax.device_put(jnp.asarray(params[path]).astype(a.dtype), a.sharding)
+        for path, a in placed.params.items()
     }
-    return graphdef, placed
 
 
-def restore(store, step, programs, abstract, places: TrainState, pipeline) -> TrainState:
+def restore(store, step: int, layout: Layout, pipeline) -> TrainState:
     """State and data position of an interrupted run, placed on this mesh."""
-
-    def target(tree, shardings):
-        return jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings
-        )
-
-    opt_state = jax.eval_shape(programs.tx.init, programs.trainable(abstract))
-    found = store.restore(
-        step,
-        {
-            "params": target(abstract, places.params),
-            "opt_state": target(opt_state, places.opt_state),
-        },
-    )
+    target = layout.state()
+    found = store.restore(step, {"params": target.params, "opt_state": target.opt_state})
     pipeline.set_state(found["data"])
-    count = jax.device_put(jnp.asarray(step, jnp.int32), places.step)
+    count = jax.device_put(jnp.asarray(step, jnp.int32), layout.places.step)
     return TrainState(count, found["params"], found["opt_state"])
 
 

@@ -308,7 +308,7 @@ class RunConfig:
     heads: str = ""  # heads.json of a selection
     tokenizer: str = ""  # tokenizer.json or "bytes"; empty: the teacher's
     seed: int = 0
-    model: ModelConfig | None = None  # pretrain only: the model to make
+    model: ModelConfig | None = None  # pretrain: the model to make; else the teacher expected
     hydra: HydraConfig = HydraConfig()
     select: SelectConfig = SelectConfig()
     train: StageConfig = StageConfig()
@@ -324,10 +324,8 @@ class RunConfig:
             raise UserError(
                 f"train.accum={self.train.accum} does not divide data.rows={self.data.rows}."
             )
-        if (self.stage == "pretrain") != (self.model is not None):
-            raise UserError(
-                "config.model is for stage=pretrain, and only there; else the teacher tells."
-            )
+        if self.stage == "pretrain" and self.model is None:
+            raise UserError("stage=pretrain needs config.model, the shapes of what it makes.")
         if self.data.synthetic_share > 0 and not self.data.synthetic:
             raise UserError(
                 "data.synthetic_share > 0 needs data.synthetic, the name of a recall task."

@@ -16,7 +16,7 @@ from hydrajax.checkpoint import CheckpointStore
 from hydrajax.distributed import Preemption
 from hydrajax.metrics import Chrono, MetricWriter, mfu
 from hydrajax.sharding import device_kind, place_batch
-from hydrajax.trainer import Programs, TrainState, make_eval_step, make_train_step, means
+from hydrajax.trainer import Programs, TrainState, jit_train_step, make_eval_step, means
 from hydrajax.typing import UserError
 
 SKIPS_ALLOWED = 3
@@ -39,12 +39,7 @@ class Loop:
 def run_loop(loop: Loop, state: TrainState, teacher_params: dict) -> TrainState:
     """Train to `train.steps`; returns the last state. SIGTERM saves and returns early."""
     cfg = loop.programs.run.train
-    # Shardings are pinned: were the compiler free to choose, the second step would compile again.
-    step_fn = jax.jit(
-        make_train_step(loop.programs),
-        donate_argnames=("state",),
-        out_shardings=(loop.places, None),
-    )
+    step_fn = jit_train_step(loop.programs, loop.places)
     eval_fn = jax.jit(make_eval_step(loop.programs))
     tokens_per_step = loop.programs.run.data.rows * loop.programs.run.data.seq_len
     chrono, pending, skipped = Chrono(), [], 0

@@ -5,7 +5,7 @@ divides them. An axis that does not divide its mesh axis is replicated, never pa
 `replicated()` lists those for the start-up screen.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -33,10 +33,11 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(cfg: MeshConfig) -> Mesh:
-    """Mesh over all devices; the axis given as -1 takes what the others leave."""
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh over all devices, or those given; the axis given as -1 takes what the others leave."""
     sizes = [cfg.data, cfg.fsdp, cfg.model]
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count, processes = len(devices), len({device.process_index for device in devices})
     fixed = int(np.prod([s for s in sizes if s != -1]))
     if -1 in sizes and count % fixed == 0:
         sizes[sizes.index(-1)] = count // fixed
@@ -45,12 +46,14 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
             f"mesh data={cfg.data}, fsdp={cfg.fsdp}, model={cfg.model} does not fit {count} "
             "devices."
         )
-    if jax.process_count() > 1 and jax.local_device_count() % sizes[2]:
+    local = count // processes
+    if processes > 1 and local % sizes[2]:
         raise UserError(
-            f"mesh.model={sizes[2]} spans processes of {jax.local_device_count()} devices, which "
-            "would then read different rows; choose a divisor of that."
+            f"mesh.model={sizes[2]} spans processes of {local} devices, which would then read "
+            "different rows; choose a divisor of that."
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
 
 
 def one_device() -> Mesh:
@@ -142,15 +145,24 @@ def per_device(op: Callable, axes_in: dict[str, Axes], axes_out: tuple[Axes, ...
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:
     """Local rows of every process become global arrays, rows split over ("data", "fsdp")."""
+    check_rows(mesh, len(batch["tokens"]) * jax.process_count())
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the devices, tokens of a row together."""
+    return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def check_rows(mesh: Mesh, rows: int) -> None:
+    """Raise UserError unless the rows of a step can be split over the mesh."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = len(batch["tokens"]) * jax.process_count()
     if rows % parts:
         raise UserError(
             f"{rows} rows cannot be split over mesh data x fsdp = {parts}; set data.rows to a "
             f"multiple of {parts}, or give devices to mesh.model."
         )
-    sharding = NamedSharding(mesh, P(("data", "fsdp")))
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def device_kind(mesh: Mesh) -> str:

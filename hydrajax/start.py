@@ -26,6 +26,10 @@ FREE_ON_RESUME = (
     "eval.",
 )  # fmt: skip
 
+# Fields of a teacher that decide the shapes of its parameters.
+SHAPES = ("family", "vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads",
+          "head_dim", "tied_embeddings", "qk_norm")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Start:
@@ -44,6 +48,25 @@ def find_start(
     cfg: RunConfig, store: CheckpointStore, calibration: Callable[[], list[dict[str, np.ndarray]]]
 ) -> Start:
     """Follow the order above; UserError lists what was looked for when there is nothing."""
+    start = _find(cfg, store, calibration)
+    check_expected(cfg.model, start.model, cfg.parent or cfg.teacher or cfg.out)
+    return start
+
+
+def check_expected(expected: ModelConfig | None, found: ModelConfig, where: str) -> None:
+    """Refuse a teacher whose shapes are not those that the config names; None expects nothing."""
+    wrong = [
+        f"{name}: expected {getattr(expected, name)}, got {getattr(found, name)}"
+        for name in SHAPES
+        if expected is not None and getattr(expected, name) != getattr(found, name)
+    ]
+    if wrong:
+        raise UserError(f"{where} is not of config.model: {'; '.join(wrong)}.")
+
+
+def _find(
+    cfg: RunConfig, store: CheckpointStore, calibration: Callable[[], list[dict[str, np.ndarray]]]
+) -> Start:
     step = store.newest_valid()
     if step is not None:
         info = read_config(cfg.out)
@@ -95,10 +118,12 @@ def _from_teacher(cfg: RunConfig, batches: list[dict[str, np.ndarray]]) -> Start
 def _same_run(cfg: RunConfig, stored: dict[str, Any] | None) -> None:
     """Refuse to resume under a config that would change the curve."""
     now, before = _leaves(to_plain(cfg)), _leaves(stored or {})
+    # Where it is only what the teacher should be, `check_expected` judges it.
+    free = (*FREE_ON_RESUME, "model") if cfg.stage != "pretrain" else FREE_ON_RESUME
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(set(now) | set(before))
-        if now.get(key) != before.get(key) and not key.startswith(FREE_ON_RESUME)
+        if now.get(key) != before.get(key) and not key.startswith(free)
     ]
     if changed:
         raise UserError(

@@ -41,12 +41,8 @@ class Programs:
         return {path: p for path, p in params.items() if trains(path, self.run.train)}
 
 
-def make_train_step(programs: Programs):
-    """`step(state, teacher_params, batch) -> (state, metrics)`; jit it, donating the state.
-
-    A step whose gradient is not finite leaves parameters and moments as they were and reports
-    `nonfinite = 1`; what to do about it is the loop's choice.
-    """
+def make_loss(programs: Programs):
+    """`loss(trained, frozen, teacher_params, batch) -> (sum, (count, metrics))` of the stage."""
     stage, cfg = STAGES[programs.run.stage], programs.run.train
 
     def loss(trained: Params, frozen: Params, teacher_params: Params, batch):
@@ -54,6 +50,17 @@ def make_train_step(programs: Programs):
         teacher = bind(programs.teacher, teacher_params) if programs.teacher is not None else None
         total, count, metrics = stage.loss(student, teacher, batch, cfg)
         return total, (count, metrics)
+
+    return loss
+
+
+def make_train_step(programs: Programs):
+    """`step(state, teacher_params, batch) -> (state, metrics)`; jit it, donating the state.
+
+    A step whose gradient is not finite leaves parameters and moments as they were and reports
+    `nonfinite = 1`; what to do about it is the loop's choice.
+    """
+    cfg, loss = programs.run.train, make_loss(programs)
 
     def step(state: TrainState, teacher_params: Params, batch: dict[str, Array]):
         trained = programs.trainable(state.params)
@@ -83,6 +90,16 @@ def make_train_step(programs: Programs):
         return TrainState(state.step + 1, frozen | trained, opt_state), metrics
 
     return step
+
+
+def jit_train_step(programs: Programs, places: TrainState):
+    """The step compiled, its state donated.
+
+    Shardings are pinned: were the compiler free to choose, the second step would compile again.
+    """
+    return jax.jit(
+        make_train_step(programs), donate_argnames=("state",), out_shardings=(places, None)
+    )
 
 
 def make_eval_step(programs: Programs):

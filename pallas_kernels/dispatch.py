@@ -46,6 +46,7 @@ class Choice:
 
     default: str
     others: tuple[tuple[str, str], ...] = ()
+    op: str = dataclasses.field(default="", compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ def resolve(
     if isinstance(implementation, str):
         _known(op, (implementation,), implementations)
         implementations[implementation].check(spec)
-        return Choice(implementation)
+        return Choice(implementation, op=op)
     if implementation is not None:
         _known(op, implementation, implementations)
         table = _table_of(implementation, implementations)
@@ -93,17 +94,26 @@ def resolve(
     # implementation itself names the platform it lacks.
     default = accepted.get("default", next(iter(accepted.values())))
     others = tuple((p, n) for p, n in accepted.items() if p != "default" and n != default)
-    choice = Choice(default, others)
+    choice = Choice(default, others, op)
     _log_once(op, choice, tuple(map(str, refusals.values())))
     return choice
 
 
 def platform_switch(choice: Choice, branches: Mapping[str, Callable], *operands):
-    """Call the branch of the platform being lowered for; with one name there is no branching."""
+    """Call the branch of the platform being lowered for; with one name there is no branching.
+
+    Compiled instructions carry "<op>=<name>", which tells what a program really holds.
+    """
+
+    def scoped(name: str) -> Callable:
+        return (
+            jax.named_scope(f"{choice.op}={name}")(branches[name]) if choice.op else branches[name]
+        )
+
     if not choice.others:
-        return branches[choice.default](*operands)
-    named = {platform: branches[name] for platform, name in choice.others}
-    return jax.lax.platform_dependent(*operands, default=branches[choice.default], **named)
+        return scoped(choice.default)(*operands)
+    named = {platform: scoped(name) for platform, name in choice.others}
+    return jax.lax.platform_dependent(*operands, default=scoped(choice.default), **named)
 
 
 def _known(op: str, names: tuple[str, ...], implementations: Mapping[str, Implementation]) -> None:

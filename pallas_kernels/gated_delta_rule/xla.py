@@ -156,6 +156,29 @@ def unit_lower_inverse(a: Array) -> Array:
     diagonal blocks; each level joins the two b-blocks of every 2b-block through the block L of a
     below the diagonal, X_21 = -X_22 L X_11.
     """
+    return jax.lax.platform_dependent(a, tpu=whole_ladder, default=block_ladder)
+
+
+def whole_ladder(a: Array) -> Array:
+    """The ladder on whole matrices, X - X L X with the blocks L of all pairs at once.
+
+    A TPU pads the last two axes of an array to a tile of 8 x 128: small blocks would fill memory
+    with padding, and take the compiler longer than the rest of the layer.
+    """
+    row, column = jnp.arange(a.shape[-1])[:, None], jnp.arange(a.shape[-1])
+    x, width = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape), 1
+    while width < a.shape[-1]:
+        odd = (row // width) % 2 == 1
+        joined = jnp.where(odd & (column // width == row // width - 1), a, 0)
+        if width > 1:
+            joined = dot("...cd,...df->...cf", x, joined, "highest")
+            joined = dot("...cd,...df->...cf", joined, x, "highest")
+        x, width = x - joined, 2 * width
+    return x
+
+
+def block_ladder(a: Array) -> Array:
+    """The ladder on the blocks alone."""
     size, width = a.shape[-1], 1
     x = jnp.ones((*a.shape[:-2], size, 1, 1), a.dtype)
     while width < size:

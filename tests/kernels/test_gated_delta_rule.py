@@ -153,12 +153,13 @@ def test_rows_without_update_leave_the_state():
 
 @pytest.mark.parametrize("size", [1, 4, 16, 64, 128])
 @pytest.mark.parametrize("keys", ["random", "repeated"])
-def test_inverse(size, keys):
+@pytest.mark.parametrize("ladder", ["block_ladder", "whole_ladder"])
+def test_inverse(size, keys, ladder):
     rng = np.random.default_rng(0)
     k = rng.standard_normal((3, 1 if keys == "repeated" else size, 32))
     k = np.broadcast_to(k / np.linalg.norm(k, axis=-1, keepdims=True), (3, size, 32))
     a = np.tril(0.98 * k @ k.swapaxes(-1, -2), -1)
-    got = op_suite.jit(xla.unit_lower_inverse)(a.astype(np.float32))
+    got = op_suite.jit(getattr(xla, ladder))(a.astype(np.float32))
     assert_close("inverse", np.linalg.inv(np.eye(size) + a), got, 1e-6)
 
 

@@ -1,0 +1,425 @@
+"""The rehearsal reads compiled programs right, knows what a step keeps, and names the knob."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny_runs import CFG, HYDRA, PLAN, run_config
+
+from hydrajax.config import DataConfig, HydraConfig, MeshConfig, RunConfig, StageConfig
+from hydrajax.head_plan import HeadPlan
+from hydrajax.layout import lay_out
+from hydrajax.rehearse import memory as hbm
+from hydrajax.rehearse.chips import CHIPS, GIB, chip_of
+from hydrajax.rehearse.hlo import Program, size_of
+from hydrajax.rehearse.memory import Memory, advice, overflow, refusal
+from hydrajax.rehearse.roofline import roofline
+from hydrajax.rehearse.step import drawn_plan, implementations, subjects
+from hydrajax.rehearse.traffic import collectives, group_size, hbm_bytes
+from hydrajax.sharding import make_mesh
+from hydrajax.trainer import jit_train_step
+from hydrajax.typing import UserError
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def program(fn, *args) -> Program:
+    return Program(jax.jit(fn).lower(*args).compile().as_text())
+
+
+def mapped(fn, mesh=(8,)):
+    """fn on each of eight devices, arrays split along their first axis."""
+    axes = ("x", "y")[: len(mesh)]
+    mesh = jax.make_mesh(mesh, axes, (AxisType.Auto,) * len(mesh))
+    return jax.shard_map(fn, mesh=mesh, in_specs=P(axes), out_specs=P("x"), check_vma=False)
+
+
+X = jax.ShapeDtypeStruct((64, 1024), jnp.float32)
+PART = 64 * 1024 * 4 // 8  # bytes of X on a device
+
+COLLECTIVES = {
+    "all-reduce": (lambda x: jax.lax.psum(x, "x"), 2 * PART * 7 // 8),
+    "all-gather": (lambda x: jax.lax.all_gather(x, "x", tiled=True), PART * 7),
+    "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, "x", tiled=True), PART * 7 // 8),
+    "all-to-all": (lambda x: jax.lax.all_to_all(x, "x", 0, 1, tiled=True), PART * 7 // 8),
+    "collective-permute": (
+        lambda x: jax.lax.ppermute(x, "x", [(i, (i + 1) % 8) for i in range(8)]),
+        PART,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COLLECTIVES)
+def test_collectives_of_a_compiled_program_are_counted(kind):
+    fn, want = COLLECTIVES[kind]
+    found = collectives(program(mapped(fn), X), 8)
+    assert found.sent == {kind: want} and found.count == {kind: 1}
+
+
+def test_a_group_is_smaller_than_the_mesh():
+    found = collectives(program(mapped(lambda x: jax.lax.psum(x, "y"), mesh=(2, 4)), X), 8)
+    assert found.sent == {"all-reduce": 2 * PART * 3 // 4}
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_turns():
+    def fn(x):
+        inner = lambda x, _: (jnp.sin(jax.lax.psum(x, "x")), None)  # noqa: E731
+        outer = lambda x, _: (jax.lax.scan(inner, x, None, length=3)[0], None)  # noqa: E731
+        return jax.lax.scan(outer, x, None, length=5)[0]
+
+    found = program(mapped(fn), X)
+    assert found.unknown_loops == 0
+    assert collectives(found, 8).count == {"all-reduce": 15}
+    assert collectives(found, 8).sent == {"all-reduce": 15 * 2 * PART * 7 // 8}
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_told():
+    def fn(x):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < 1e3, lambda x: jax.lax.psum(x + 1, "x"), x)
+
+    found = program(mapped(fn), X)
+    assert found.unknown_loops == 1
+    assert collectives(found, 8).count == {"all-reduce": 1}
+
+
+@pytest.mark.parametrize(
+    "attributes, want",
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add", 4),
+        ("replica_groups=[2,4]<=[8], to_apply=%add", 4),
+        ("replica_groups=[4,2]<=[2,2,2]T(0,2,1), dimensions={0}", 2),
+        ("replica_groups=mesh['axis_0'=16,'axis_1'=4] {'axis_1'}, channel_id=3", 4),
+        ("replica_groups=mesh['axis_0'=16,'axis_1'=4] {'axis_0','axis_1'}", 64),
+        ("replica_groups=mesh['axis_0'=16] {'axis_0':(2)8}", 8),
+        ("channel_id=1", 8),
+    ],
+)
+def test_group_sizes_of_all_notations(attributes, want):
+    assert group_size(attributes, 8) == want
+
+
+@pytest.mark.parametrize(
+    "shape, want, in_hbm",
+    [
+        ("bf16[2,3,4]{2,1,0:T(8,128)(2,1)}", 48, 48),
+        ("(f32[8]{0}, s8[3]{0:T(256)S(1)}, pred[])", 36, 32),
+        ("u4[5]{0}", 3, 3),
+        ("f8e4m3fn[16]{0}", 16, 16),
+        ("token[]", 0, 0),
+    ],
+)
+def test_bytes_of_shapes(shape, want, in_hbm):
+    assert size_of(shape) == want and size_of(shape, hbm_only=True) == in_hbm
+
+
+# As the TPU compiler writes it: a loop of 50 turns that slices its weights out of a stack, with a
+# reduce-scatter disguised as a fused all-reduce, activations in on-chip memory, and a prefetch.
+TPU_TEXT = """HloModule jit_g
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%a, %b)
+}
+
+%slice (p.1: f32[50,8,16], p.2: s32[]) -> f32[8,16] {
+  %p.1 = f32[50,8,16]{2,1,0:T(8,128)} parameter(0)
+  %p.2 = s32[]{:T(128)} parameter(1)
+  ROOT %cut = f32[1,8,16]{2,1,0:T(8,128)S(1)} dynamic-slice(%p.1, %p.2), dynamic_slice_sizes={1,8,16}
+}
+
+%product (p.3: f32[4,8], p.4: f32[50,8,16], p.5: s32[]) -> f32[4,16] {
+  %p.3 = f32[4,8]{1,0:T(8,128)S(1)} parameter(0)
+  %p.4 = f32[50,8,16]{2,1,0:T(8,128)} parameter(1)
+  %p.5 = s32[]{:T(128)} parameter(2)
+  %inner = f32[8,16]{1,0:T(8,128)S(1)} fusion(%p.4, %p.5), kind=kLoop, calls=%slice
+  ROOT %dot = f32[4,16]{1,0:T(8,128)S(1)} convolution(%p.3, %inner), dim_labels=bf_io->bf
+}
+
+%all-reduce-scatter.1 (in: f32[4,16]) -> f32[4,8] {
+  %in = f32[4,16]{1,0:T(8,128)S(1)} parameter(0)
+  %ar = f32[4,16]{1,0:T(8,128)} all-reduce(%in), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %zero = s32[]{:T(128)} constant(0)
+  ROOT %half = f32[4,8]{1,0:T(8,128)S(1)} dynamic-slice(%ar, %zero, %zero), dynamic_slice_sizes={4,8}
+}
+
+%body (p: (s32[], f32[4,8], f32[50,8,16])) -> (s32[], f32[4,8], f32[50,8,16]) {
+  %p = (s32[]{:T(128)}, f32[4,8]{1,0:T(8,128)S(1)}, f32[50,8,16]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%p), index=0
+  %x = f32[4,8]{1,0:T(8,128)S(1)} get-tuple-element(%p), index=1
+  %w = f32[50,8,16]{2,1,0:T(8,128)} get-tuple-element(%p), index=2
+  %one = s32[]{:T(128)S(6)} constant(1)
+  %next = s32[]{:T(128)S(6)} add(%i, %one)
+  %y = f32[4,16]{1,0:T(8,128)S(1)} fusion(%x, %w, %i), kind=kOutput, calls=%product
+  %z = f32[4,8]{1,0:T(8,128)S(1)} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %out = (s32[]{:T(128)}, f32[4,8]{1,0}, f32[50,8,16]{2,1,0}) tuple(%next, %z, %w)
+}
+
+%condition (p.6: (s32[], f32[4,8], f32[50,8,16])) -> pred[] {
+  %p.6 = (s32[]{:T(128)}, f32[4,8]{1,0:T(8,128)S(1)}, f32[50,8,16]{2,1,0:T(8,128)}) parameter(0)
+  %turns = s32[]{:T(128)} constant(50)
+  %at = s32[]{:T(128)} get-tuple-element(%p.6), index=0
+  ROOT %less = pred[]{:T(512)} compare(%at, %turns), direction=LT
+}
+
+ENTRY %main (x: f32[4,8], w: f32[50,8,16]) -> f32[4,8] {
+  %x.1 = f32[4,8]{1,0:T(8,128)} parameter(0)
+  %w.1 = f32[50,8,16]{2,1,0:T(8,128)} parameter(1)
+  %start = (f32[4,8]{1,0:T(8,128)S(1)}, f32[4,8]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x.1)
+  %done = f32[4,8]{1,0:T(8,128)S(1)} copy-done(%start)
+  %nil = s32[]{:T(128)S(6)} constant(0)
+  %all = (s32[]{:T(128)}, f32[4,8]{1,0:T(8,128)S(1)}, f32[50,8,16]{2,1,0}) tuple(%nil, %done, %w.1)
+  %loop = (s32[]{:T(128)}, f32[4,8]{1,0:T(8,128)S(1)}, f32[50,8,16]{2,1,0}) while(%all), condition=%condition, body=%body, metadata={op_name="jit(g)/gated_delta_rule=xla/while"}
+  %last = f32[4,8]{1,0:T(8,128)S(1)} get-tuple-element(%loop), index=1
+  %back = (f32[4,8]{1,0:T(8,128)}, f32[4,8]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%last)
+  ROOT %end = f32[4,8]{1,0:T(8,128)} copy-done(%back)
+}
+"""  # noqa: E501
+
+
+def test_a_program_as_the_tpu_compiler_writes_it():
+    found = Program(TPU_TEXT)
+    weights, activations = 8 * 16 * 4, 4 * 8 * 4
+    assert found.unknown_loops == 0
+    assert collectives(found, 4).sent == {"reduce-scatter": 50 * 4 * 16 * 4 // 2}
+    assert hbm_bytes(found) == 50 * weights + 2 * activations
+    assert implementations(found) == {"gated_delta_rule": ["xla"]}
+
+
+def test_hbm_traffic_of_a_loop_that_updates_in_place():
+    """Each turn reads one row and writes one: the stack around them does not move."""
+
+    def fn(x):
+        return jax.lax.map(lambda row: jnp.tanh(row) + 1, x)
+
+    x = jax.ShapeDtypeStruct((16, 4096), jnp.float32)
+    moved = hbm_bytes(program(fn, x))
+    assert 2 * x.size * 4 <= moved < 5 * x.size * 4  # with the stack it would be 34 times x
+
+
+def tiny_layout(stage: str, mesh: MeshConfig | None = None, rows: int = 8, **train):
+    cfg = run_config(stage, **train)
+    cfg = replace(cfg, data=replace(cfg.data, rows=rows))
+    full = HeadPlan.all_full(CFG.num_layers, CFG.num_heads, CFG.num_kv_heads)
+    student = SimpleNamespace(model=CFG, hydra=HYDRA, plan=PLAN)
+    teacher = SimpleNamespace(model=CFG, hydra=HydraConfig.teacher(), plan=full)
+    return lay_out(cfg, make_mesh(mesh or MeshConfig(1, -1, 1)), student, lambda: teacher)
+
+
+def test_state_is_counted_by_its_shards():
+    whole = hbm.count(tiny_layout("distill", MeshConfig(-1, 1, 1)))
+    split = hbm.count(tiny_layout("distill", MeshConfig(1, -1, 1)))
+    layout = tiny_layout("distill")
+    assert whole.parameters == sum(4 * a.size for a in layout.student.params.values())
+    assert whole.gradients == whole.parameters
+    assert abs(whole.optimiser - 2 * whole.parameters) <= 16  # two moments and two counters
+    assert whole.teacher == sum(a.size * a.dtype.itemsize for a in layout.teacher.params.values())
+    assert whole.parameters / 8 <= split.parameters < whole.parameters / 4  # norms stay whole
+    assert split.rows == whole.rows == 4 * 16 * 4  # one row of 16 tokens, four arrays of 4 bytes
+
+
+def test_activations_are_what_the_backward_pass_is_given():
+    """Per row; with remat a block keeps its input, without it keeps much more."""
+    kept = {
+        (remat, rows): hbm.activations(tiny_layout("distill", rows=8 * rows, remat=remat))
+        for remat in ("block", "dots", "none")
+        for rows in (1, 2)
+    }
+    assert kept["block", 1] < kept["dots", 1] < kept["none", 1]
+    assert all(kept[remat, 2] == 2 * kept[remat, 1] for remat in ("block", "dots", "none"))
+    block_input = 16 * CFG.width * 4  # T x D, fp32 here
+    assert kept["block", 1] >= CFG.num_layers * block_input
+    by_accum = hbm.activations(tiny_layout("distill", rows=16, accum=2, remat="block"))
+    assert by_accum == kept["block", 1]
+
+
+def test_activations_of_a_function_with_a_known_answer():
+    def residuals(x, w):
+        return jax.vjp(lambda w: jnp.sum(jnp.sin(x @ w)), w)[1]
+
+    x, w = jnp.ones((8, 4)), jnp.ones((4, 6))
+    jaxpr = jax.make_jaxpr(residuals)(x, w).jaxpr
+    kept = hbm._kept(jaxpr, 1)
+    assert [v.aval.shape for v in kept] == [(8, 6)]  # cos(x w); x itself is given, w no activation
+
+
+SIZES = Memory(parameters=2 * GIB, optimiser=4 * GIB, teacher=GIB, rows=0, gradients=2 * GIB,
+               activations=8 * GIB, total=24 * GIB, hbm=16 * GIB)  # fmt: skip
+MESH = {"data": 1, "fsdp": 4, "model": 1}
+
+
+def config(rows: int = 64, **train) -> RunConfig:
+    return RunConfig(
+        stage="distill", data=DataConfig(rows=rows), train=StageConfig(**{"accum": 1} | train)
+    )
+
+
+@pytest.mark.parametrize(
+    "message, want",
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 79.24G of 15.75G hbm. "
+            "Exceeded hbm capacity by 63.49G.",
+            (79.24, 15.75),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (32.00G) exceeds available HBM (15.75G). HLO module: jit__lambda.",
+            (32.0, 15.75),
+        ),
+        ("INVALID_ARGUMENT: something else", None),
+    ],
+)
+def test_the_compilers_refusal_is_understood(message, want):
+    found = overflow(message)
+    assert found == (want and tuple(int(x * GIB) for x in want))
+
+
+def test_the_message_names_sizes_and_the_knob():
+    text = refusal(config(), MESH, SIZES)
+    assert "needs 24.00 GiB, its HBM has 16.00 GiB" in text
+    assert "parameters 2.00" in text and "activations 8.00" in text
+    assert "--config.train.accum=4 (now 1)" in text  # 15 GiB beside the state into 7
+
+
+@pytest.mark.parametrize(
+    "mesh, cfg, memory, knobs",
+    [
+        # Whole copies of the state on every device: split it.
+        ({"data": 4, "fsdp": 1, "model": 1}, config(), replace(SIZES, parameters=20 * GIB),
+         ["--config.mesh.data=1 --config.mesh.fsdp=4 (now 4 and 1)"]),
+        # Split already, and still too much: no knob but more devices.
+        (MESH, config(), replace(SIZES, parameters=20 * GIB), []),
+        # One row a device: nothing to accumulate.
+        (MESH, config(rows=4, remat="none", loss_chunk=512), SIZES,
+         ["--config.train.remat=block (now none)", "--config.train.loss_chunk=256 (now 512)",
+          "--config.data.seq_len=256 (now 512)"]),
+        # Micro-batches must still divide over the devices.
+        (MESH, config(rows=24, accum=2, loss_chunk=4), SIZES,
+         ["--config.train.accum=6 (now 2)"]),
+    ],
+)  # fmt: skip
+def test_advice_fits_what_is_too_large(mesh, cfg, memory, knobs):
+    given = list(advice(cfg, mesh, memory))
+    assert len(given) == len(knobs)
+    for text, knob in zip(given, knobs, strict=True):
+        assert text.endswith(knob)
+
+
+def test_roofline_by_hand():
+    chip = chip_of("TPU v5 lite")
+    times = roofline(chip, flops=197e12 * 0.3, hbm_bytes=819e9 * 0.1, ici_bytes=200e9 * 0.2)
+    assert (times.compute_s, times.hbm_s, times.ici_s) == pytest.approx((0.3, 0.1, 0.2))
+    assert times.floor_s == pytest.approx(0.3) and times.ceiling_s == pytest.approx(0.6)
+    assert times.mfu == pytest.approx((0.5, 1.0)) and times.bound == "compute"
+    assert roofline(chip, 0.0, 0.0, 1.0).bound == "ICI"
+
+
+def test_every_chip_has_a_peak_and_unknown_kinds_are_refused():
+    assert all(chip.peak > 1e14 and chip.hbm >= 16 * GIB for chip in CHIPS)
+    with pytest.raises(UserError, match=r"'TPU v9'.*TPU v5 lite, TPU v5, TPU v6 lite, TPU7x"):
+        chip_of("TPU v9")
+
+
+def test_shapes_come_from_the_config_where_no_folder_is():
+    cfg = replace(config(), model=replace(CFG, num_layers=3), teacher="no/such/folder")
+    student, teacher = subjects(cfg)
+    assert student.source == "drawn" and teacher.source == "config.model"
+    assert student.plan.num_fa == 3 == drawn_plan(cfg, cfg.model).num_fa  # a quarter of 12
+    assert teacher.plan == HeadPlan.all_full(3, 4, 2)
+    with pytest.raises(UserError, match=r"teacher's shapes.*config.model.*no/such/folder"):
+        subjects(replace(cfg, model=None))
+
+
+@functools.cache
+def compiled_on_a_mesh():
+    """(layout, executable) of a step compiled from shapes alone."""
+    layout = tiny_layout("distill", MeshConfig(2, 2, 2))
+    with jax.set_mesh(layout.mesh):
+        step = jit_train_step(layout.programs, layout.places)
+        lowered = step.lower(layout.state(), layout.teacher.params, layout.batch())
+        return layout, lowered.compile()
+
+
+def test_a_step_compiled_from_shapes_runs_on_arrays():
+    """The layout that is rehearsed is the one that trains: the executable takes the real state."""
+    layout, executable = compiled_on_a_mesh()
+    rng = np.random.default_rng(0)
+
+    def draw(a):
+        return jax.device_put(np.asarray(0.1 * rng.standard_normal(a.shape), a.dtype), a.sharding)
+
+    rows = {k: jax.device_put(np.ones(a.shape, a.dtype), a.sharding)
+            for k, a in layout.batch().items()}  # fmt: skip
+    state, teacher = jax.tree.map(draw, (layout.state(), layout.teacher.params))
+    after, _ = executable(state, teacher, rows)
+    same = jax.tree.map(
+        lambda a, want: a.sharding.is_equivalent_to(want, a.ndim), after, layout.places
+    )
+    assert all(jax.tree.leaves(same))
+    assert layout.batch()["tokens"].sharding == NamedSharding(layout.mesh, P(("data", "fsdp")))
+
+
+def test_programs_tell_the_implementation_of_each_op():
+    layout, executable = compiled_on_a_mesh()
+    found = Program(executable.as_text())
+    assert implementations(found) == {"attention": ["xla"], "gated_delta_rule": ["xla"]}
+    assert found.unknown_loops == 0
+    sent = collectives(found, layout.mesh.size).sent
+    assert sent["all-gather"] > 0 and sent["all-reduce"] + sent["reduce-scatter"] > 0
+
+
+needs_libtpu = pytest.mark.skipif(
+    find_spec("libtpu") is None, reason="compiles for TPUs: pip install libtpu"
+)
+
+
+def rehearse(*args: str, **environment: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"JAX_OPTIMIZATION_LEVEL": "O0", "XLA_FLAGS": ""} | environment
+    return subprocess.run(
+        [sys.executable, "-m", "hydrajax.rehearse", *args],
+        cwd=REPO, env=env, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+
+
+@pytest.mark.aot_tpu
+@needs_libtpu
+def test_a_smoke_run_compiles_for_a_tpu_host(tmp_path):
+    out = tmp_path / "r.json"
+    done = rehearse(
+        "--config=configs/qwen3_1p7b/align.py:smoke", "--topology=v5e:2x2", f"--out={out}",
+        "--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.model.num_layers=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "compiled and simulated, nothing executed" in done.stdout
+    body = json.loads(out.read_text())
+    (row,) = body["rows"]
+    assert row["fits"] and row["devices"] == 4 and row["device_kind"] == "TPU v5 lite"
+    assert row["implementations"]["attention"] == ["xla"] and row["loops_counted_once"] == 0
+    assert row["memory_bytes"]["total"] > row["memory_bytes"]["parameters"] > 0
+    assert sum(row["sent_bytes"].values()) > 0
+    assert {"command", "commit", "versions", "device", "date", "seeds"} <= body["meta"].keys()
+
+
+@pytest.mark.aot_tpu
+@needs_libtpu
+def test_what_cannot_be_laid_out_is_one_line_and_exit_code_2():
+    done = rehearse("--config=configs/qwen3_1p7b/align.py:smoke", "--topology=v5e:3x3")
+    assert done.returncode == 2 and "topology 'v5e:3x3'" in done.stderr
+    done = rehearse(
+        "--config=configs/qwen3_1p7b/align.py:smoke", "--topology=v5e:16x16",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "set data.rows to a multiple of 256" in done.stderr
