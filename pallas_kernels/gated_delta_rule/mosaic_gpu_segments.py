@@ -4,6 +4,8 @@ A segment is an affine map of the state, S -> M S + F. Transposed, its rows do n
 are the recurrence from 0, those of M^T the recurrence of the identity with V = 0. One kernel runs
 both for all segments at once, without outputs; a short loop applies the maps one after another.
 
+Backward a segment is the map dS -> M^T dS + D, with the same M; D is the sweep from 0.
+
     B batch   Z chunks   C rows of a chunk   K key heads   R value heads   H = E dims
     N segments of L chunks   W warpgroups of rows, H / 64
 """
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import BETA, KEEP, READ, WRITE
+from pallas_kernels.gated_delta_rule.mosaic_gpu_sweep import sweep
 from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     TILE,
     add_products,
@@ -33,11 +36,22 @@ def count_segments(heads: int, chunks: int, dim: int) -> int:
     Blocks that do not fit on the chip together wait for each other. The last segment needs no map,
     the first one no M.
     """
+    return _count(heads, chunks, dim, lambda n: (2 * n - 3,))
+
+
+def count_sweeps(heads: int, chunks: int, dim: int) -> int:
+    """The same of the sweep. The first segment needs no map, the last one no M; D takes a kernel
+    of its own."""
+    return _count(heads, chunks, dim, lambda n: (n - 1, n - 2))
+
+
+def _count(heads, chunks, dim, maps) -> int:
+    """`maps(n)` are the segments that each kernel before the last one walks over."""
     blocks = PROCESSORS * 128 // dim  # at the same time
 
     def chain(n):
         length = -(-chunks // n)
-        waves = -(-(2 * n - 3) * heads // blocks) if n > 1 else 0
+        waves = sum(-(-m * heads // blocks) for m in maps(n)) if n > 1 else 0
         return length * (1 + waves) + APPLY * (n > 1) * (n + 1)
 
     n = min(range(1, max(1, min(blocks // heads, chunks)) + 1), key=chain)
@@ -51,7 +65,7 @@ def segment_starts(k, v, gates, t_inv, start, segments):
     """
     if segments == 1:
         return start[None]
-    maps = _maps(k, v, gates, t_inv, start, segments)
+    maps = _maps(k, v, gates, t_inv, start, segments, range(2 * segments - 3))
     added, factors = maps[: segments - 1], maps[segments - 1 :]
     starts = [start, added[0]]
     for n in range(segments - 2):
@@ -59,8 +73,25 @@ def segment_starts(k, v, gates, t_inv, start, segments):
     return jnp.stack(starts)
 
 
-def _maps(k, v, gates, t_inv, start, N):
-    """[2N-3,B,R,H,H] fp32: F^T of segments 0 ... N-2, the first from `start`, M^T of 1 ... N-2."""
+def segment_ends(scale, q, k, do, gates, t_inv, end, segments):
+    """Return dS^T behind the segments [N,B,R,E,H], fp32, from end [B,R,E,H]; more in `sweep`."""
+    if segments == 1:
+        return end[None]
+    N, length = segments, -(-gates.shape[0] // segments)
+    none = jnp.zeros((N - 2, *end.shape), end.dtype)
+    behind = jnp.concatenate([none, end[None]])
+    (added,) = sweep(scale, q, k, do, gates, t_inv, behind, length, every_chunk=False)
+    ends = [end, added[-1]]
+    if N > 2:  # M does not depend on v
+        factors = _maps(k, do, gates, t_inv, end, N, range(N - 1, 2 * N - 3))
+        for n in range(N - 3, -1, -1):
+            ends.append(dot("breh,brfh->bref", ends[-1], factors[n], "highest") + added[n])
+    return jnp.stack(ends[::-1])
+
+
+def _maps(k, v, gates, t_inv, start, N, which):
+    """[len(which),B,R,H,H] fp32, of these: F^T of segments 0 ... N-2, the first from `start`, and
+    M^T of segments 1 ... N-2."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -70,7 +101,8 @@ def _maps(k, v, gates, t_inv, start, N):
     dtype = k.dtype
 
     def body(k, v, gates, t_inv, start, maps, k_s, v_s, t_s, gates_s, full, free):
-        b, r, m, w = (jax.lax.axis_index(x) for x in ("batch", "head", "map", "rows"))
+        b, r, n, w = (jax.lax.axis_index(x) for x in ("batch", "head", "map", "rows"))
+        m = n + which.start
         key_head = jax.lax.div(r, jnp.int32(R // K))
         own = pl.ds(w * TILE, TILE)
         is_factor = m >= N - 1
@@ -117,18 +149,18 @@ def _maps(k, v, gates, t_inv, start, N):
         identity = jnp.where(row + w * TILE == column, 1.0, 0.0)
         given = plgpu.load(start.at[b, r, own], layout=plgpu.Layout.WGMMA, optimized=False)
         state = jnp.where(is_factor, identity, jnp.where(m == 0, given, 0.0))
-        maps[m, b, r, own] = jax.lax.fori_loop(0, L, chunk, state)
+        maps[n, b, r, own] = jax.lax.fori_loop(0, L, chunk, state)
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((2 * N - 3, B, R, H, H), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((len(which), B, R, H, H), jnp.float32),
         scratch_types=[
             *(matrix(dtype, SLOTS, *x) for x in ((C, H), (C, H), (C, C))),
             plgpu.SMEM((SLOTS, rows, C), jnp.float32),
             plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
             plgpu.Barrier(num_arrivals=W, num_barriers=SLOTS),
         ],
-        grid=(R, B, 2 * N - 3),
+        grid=(R, B, len(which)),
         grid_names=("head", "batch", "map"),
         num_threads=W,
         thread_name="rows",
