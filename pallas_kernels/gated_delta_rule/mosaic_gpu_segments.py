@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import BETA, KEEP, READ, WRITE
 from pallas_kernels.gated_delta_rule.mosaic_gpu_sweep import sweep
 from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
+    PROCESSORS,
     TILE,
     add_products,
     load,
@@ -25,7 +26,6 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
 )
 from pallas_kernels.precision import dot
 
-PROCESSORS = 132  # of an H100 or H200
 SLOTS = 3
 APPLY = 4  # what a map costs, in chunks of the recurrence
 

@@ -17,7 +17,7 @@ from pallas_kernels.gated_delta_rule import mosaic_gpu
 from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import TILE, matrix
 
 NAME = mosaic_gpu.NAME
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float32")
 
 
 def check(params) -> None:
