@@ -10,6 +10,8 @@ Backward a segment is the map dS -> M^T dS + D, with the same M; D is the sweep 
     N segments of L chunks   W warpgroups of rows, H / 64
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -100,65 +102,32 @@ def _maps(k, v, gates, t_inv, start, N, which):
     W, L = H // TILE, -(-Z // N)
     dtype = k.dtype
 
-    def body(k, v, gates, t_inv, start, maps, k_s, v_s, t_s, gates_s, full, free):
+    def body(*refs):
+        sources, (start, maps, shared, barriers) = refs[:4], refs[4:]
         b, r, n, w = (jax.lax.axis_index(x) for x in ("batch", "head", "map", "rows"))
-        m = n + which.start
-        key_head = jax.lax.div(r, jnp.int32(R // K))
-        own = pl.ds(w * TILE, TILE)
+        m, own = n + which.start, pl.ds(w * TILE, TILE)
         is_factor = m >= N - 1
         first = jnp.where(is_factor, m - (N - 2), m) * L
-
-        def fetch(z, slot):
-            rows, barrier = pl.ds(z * C, C), full.at[slot]
-            plgpu.copy_gmem_to_smem(k.at[b, rows, key_head], k_s.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(t_inv.at[z, b, r], t_s.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(gates.at[z, b, r], gates_s.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(v.at[b, rows, r], v_s.at[slot], barrier)
-
-        @pl.when(w == 0)
-        def _():
-            for slot in range(min(SLOTS, L)):
-                fetch(first + slot, slot)
-
-        def chunk(i, state):
-            slot = jax.lax.rem(i, jnp.array(SLOTS, i.dtype))
-            plgpu.barrier_wait(full.at[slot])
-            k_i, gate_i = k_s.at[slot], gates_s.at[slot]
-            (read,) = products([(state.astype(dtype), k_i.T)])
-            given = jnp.where(is_factor, 0.0, load(v_s.at[slot, :, own].T))
-            left = load_column(gate_i.at[BETA]) * (given - load_column(gate_i.at[READ]) * read)
-            (v_new,) = products([(left.astype(dtype), t_s.at[slot].T)])
-            added = (load_column(gate_i.at[WRITE]) * v_new).astype(dtype)
-            state = add_products(gate_i[KEEP, 0] * state, (added, k_i))
-
-            @pl.when(i + SLOTS < L)
-            def _():
-                plgpu.barrier_arrive(free.at[slot])
-
-                @pl.when(w == 0)
-                def _():
-                    plgpu.barrier_wait(free.at[slot])
-                    fetch(first + i + SLOTS, slot)
-
-            return state
-
-        row, column = (
-            plgpu.broadcasted_iota(jnp.int32, (TILE, H), axis, layout=plgpu.Layout.WGMMA)
-            for axis in (0, 1)
-        )
-        identity = jnp.where(row + w * TILE == column, 1.0, 0.0)
+        place = b, r, jax.lax.div(r, jnp.int32(R // K)), w, own
+        walk = _Walk(sources, shared, *barriers, *place, first, L, is_factor)
+        walk.begin()
         given = plgpu.load(start.at[b, r, own], layout=plgpu.Layout.WGMMA, optimized=False)
-        state = jnp.where(is_factor, identity, jnp.where(m == 0, given, 0.0))
-        maps[n, b, r, own] = jax.lax.fori_loop(0, L, chunk, state)
+        given = jnp.where(m == 0, given, 0.0)
+        state = jnp.where(is_factor, _identity(w, H), given)
+        maps[n, b, r, own] = jax.lax.fori_loop(0, L, walk.chunk, state)
 
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((len(which), B, R, H, H), jnp.float32),
         scratch_types=[
-            *(matrix(dtype, SLOTS, *x) for x in ((C, H), (C, H), (C, C))),
-            plgpu.SMEM((SLOTS, rows, C), jnp.float32),
-            plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
-            plgpu.Barrier(num_arrivals=W, num_barriers=SLOTS),
+            [
+                *(matrix(dtype, SLOTS, C, x) for x in (H, H, C)),
+                plgpu.SMEM((SLOTS, rows, C), jnp.float32),
+            ],
+            [
+                plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
+                plgpu.Barrier(num_arrivals=W, num_barriers=SLOTS),
+            ],
         ],
         grid=(R, B, len(which)),
         grid_names=("head", "batch", "map"),
@@ -169,4 +138,76 @@ def _maps(k, v, gates, t_inv, start, N, which):
         ),
         kernel_name="gdn_segment_maps",
     )
-    return kernel(k, v, gates, t_inv, start)
+    return kernel(k, v, t_inv, gates, start)
+
+
+def _identity(w, H):
+    """A warpgroup's rows of it."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    row, column = (
+        plgpu.broadcasted_iota(jnp.int32, (TILE, H), axis, layout=plgpu.Layout.WGMMA)
+        for axis in (0, 1)
+    )
+    return jnp.where(row + w * TILE == column, 1.0, 0.0)
+
+
+class _Walk(NamedTuple):
+    """One warpgroup's walk over a segment, without outputs."""
+
+    sources: Any  # k, v, t_inv, gates in device memory
+    shared: Any  # the same of three chunks
+    full: Any
+    free: Any
+    b: Any
+    r: Any
+    key_head: Any
+    w: Any
+    own: Any
+    first: Any
+    chunks: int
+    is_factor: Any
+
+    def fetch(self, z, slot):
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        C = self.shared[0].shape[1]
+        tokens, of_head = pl.ds(z * C, C), (z, self.b, self.r)
+        places = (self.b, tokens, self.key_head), (self.b, tokens, self.r), of_head, of_head
+        for source, place, target in zip(self.sources, places, self.shared, strict=True):
+            plgpu.copy_gmem_to_smem(source.at[place], target.at[slot], self.full.at[slot])
+
+    def begin(self):
+        from jax.experimental import pallas as pl
+
+        @pl.when(self.w == 0)
+        def _():
+            for slot in range(min(SLOTS, self.chunks)):
+                self.fetch(self.first + slot, slot)
+
+    def chunk(self, i, state):
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        slot = jax.lax.rem(i, jnp.array(SLOTS, i.dtype))
+        plgpu.barrier_wait(self.full.at[slot])
+        k_i, v_i, t_i, gate_i = (x.at[slot] for x in self.shared)
+        dtype = k_i.dtype
+        (read,) = products([(state.astype(dtype), k_i.T)])
+        given = jnp.where(self.is_factor, 0.0, load(v_i.at[:, self.own].T))
+        left = load_column(gate_i.at[BETA]) * (given - load_column(gate_i.at[READ]) * read)
+        (v_new,) = products([(left.astype(dtype), t_i.T)])
+        added = (load_column(gate_i.at[WRITE]) * v_new).astype(dtype)
+        state = add_products(gate_i[KEEP, 0] * state, (added, k_i))
+
+        @pl.when(i + SLOTS < self.chunks)
+        def _():
+            plgpu.barrier_arrive(self.free.at[slot])
+
+            @pl.when(self.w == 0)
+            def _():
+                plgpu.barrier_wait(self.free.at[slot])
+                self.fetch(self.first + i + SLOTS, slot)
+
+        return state
