@@ -49,6 +49,11 @@ _RULE_AXES = {
     "initial_state": _STATE,
     "segment_ids": ("batch", None),
 }
+_STEP_AXES = {name: _RULE_AXES[name][:1] + _RULE_AXES[name][2:] for name in ("q", "k", "v")} | {
+    "g": _STATE[:2],
+    "beta": _STATE[:2],
+    "state": _STATE,
+}
 
 
 class LinearHeads(nnx.Module):
@@ -141,14 +146,14 @@ class LinearHeads(nnx.Module):
             raw = self._unflat(y[:, None])
         q, k, v = self._finish(raw, seq)
         g, beta = self.gates(x, None)
-        o, state = gated_delta_step(
-            q[:, 0],
-            self._spread(k)[:, 0],
-            self._spread(v)[:, 0],
-            g[:, 0],
-            beta[:, 0],
-            memory.state,
-            scale=self.head_dim**-0.5,
+        step = functools.partial(gated_delta_step, scale=self.head_dim**-0.5)
+        o, state = per_device(step, _STEP_AXES, (_STEP_AXES["q"], _STATE))(
+            q=q[:, 0],
+            k=self._spread(k)[:, 0],
+            v=self._spread(v)[:, 0],
+            g=g[:, 0],
+            beta=beta[:, 0],
+            state=memory.state,
         )
         return o[:, None], DeltaState(state, conv)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from hydrajax.config import MeshConfig
-from hydrajax.deltanet import _HEADS, _RULE_AXES, _STATE
+from hydrajax.deltanet import _HEADS, _RULE_AXES, _STATE, _STEP_AXES
 from hydrajax.sharding import make_mesh, one_device, per_device
-from pallas_kernels import gated_delta_rule
+from pallas_kernels import gated_delta_rule, gated_delta_step
 from pallas_kernels.dispatch import device_kind
 
 T, H = 24, 8
@@ -57,6 +57,18 @@ def test_parts_make_the_whole(rows, heads):
     with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
         got = value_and_grads(per_device(rule, _RULE_AXES, (_HEADS, _STATE)), given)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), got, want)
+
+
+def test_parts_of_a_step_make_the_whole():
+    given = {n: x if n == "initial_state" else x[:, 0] for n, x in arrays(4, 2).items()}
+    given = given | {"state": given.pop("initial_state")}
+    del given["segment_ids"]
+    want = gated_delta_step(**given)
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        step = per_device(gated_delta_step, _STEP_AXES, (_STEP_AXES["q"], _STATE))
+        got = jax.jit(step)(**given)
+    assert got[1].sharding.spec[:2] == (("data", "fsdp"), "model")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), got, want)
 
 
 def test_every_device_sees_its_part_alone():

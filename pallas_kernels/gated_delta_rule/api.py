@@ -22,6 +22,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.gated_delta_rule import (
     mosaic_gpu,
     mosaic_gpu_backward,
+    mosaic_gpu_step,
     reference,
     step,
     xla,
@@ -71,10 +72,16 @@ IMPLEMENTATIONS = {
 TABLE = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 
 STEPS = {
+    "mosaic_gpu": dispatch.Implementation(
+        check=mosaic_gpu_step.check,
+        check_device=mosaic_gpu.check_device,
+        apply=mosaic_gpu_step.apply,
+        platforms=("cuda",),
+    ),
     "reference": dispatch.Implementation(check=reference.check, apply=reference.apply_step),
     "xla": dispatch.Implementation(check=step.check, apply=step.apply),
 }
-STEP_TABLE = {"default": ("xla",)}
+STEP_TABLE = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 
 
 def gated_delta_rule(

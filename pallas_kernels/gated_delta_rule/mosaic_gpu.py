@@ -26,10 +26,7 @@ HOPPER = ("H100", "H200", "H20", "H800", "GH200")
 
 def check(params) -> None:
     """Decline below jax 0.11 and what the kernels are not written for."""
-    if jax.__version_info__ < (0, 11):
-        raise NotImplementedError(
-            f"{NAME}: needs jax >= 0.11 (Python >= 3.12), found {jax.__version__}"
-        )
+    check_version()
     if params.dtype != jnp.bfloat16:
         raise decline(NAME, "takes bfloat16", params.dtype)
     dims = params.shape_q[-1], params.shape_v[-1]
@@ -37,6 +34,14 @@ def check(params) -> None:
         raise decline(NAME, f"needs equal key and value dims in {HEAD_DIMS}", dims)
     if params.config.chunk != CHUNK:
         raise decline(NAME, f"needs chunks of {CHUNK}", params.config.chunk)
+
+
+def check_version() -> None:
+    """Decline below jax 0.11."""
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError(
+            f"{NAME}: needs jax >= 0.11 (Python >= 3.12), found {jax.__version__}"
+        )
 
 
 def check_device(kind: str | None) -> None:

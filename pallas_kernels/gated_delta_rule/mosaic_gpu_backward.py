@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import KEEP, gate_rows, whole_chunks
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gradients import gradients
+from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import count_sweeps, segment_ends
 from pallas_kernels.gated_delta_rule.mosaic_gpu_sweep import sweep
 
 
@@ -27,7 +28,10 @@ def backward(params, q, k, v, g, beta, runs, initial_state, t_inv, states, do, d
     R, C = v.shape[2], params.config.chunk
     gates = gate_rows(C, g, beta, runs)
     q_, k_, v_, do_ = (whole_chunks(x, C) for x in (q, k, v, do))
-    dstates, dr, dstate_t = sweep(params.scale, q_, k_, do_, gates, t_inv, dstate.mT)
+    swept = params.scale, q_, k_, do_, gates, t_inv
+    segments = count_sweeps(B * R, gates.shape[0], H)
+    ends = segment_ends(*swept, dstate.mT, segments)
+    dstate_t, dstates, dr = sweep(*swept, ends, -(-gates.shape[0] // segments))
     dq, dk, dv, sums = gradients(params.scale, q_, k_, v_, do_, gates, t_inv, states, dstates, dr)
     of_rows, of_columns, written, dbeta, kept = jnp.moveaxis(jnp.sum(sums, 3), 3, 0)
     last = jnp.sum(written + gates[..., KEEP, :] * kept, -1, keepdims=True)
@@ -39,7 +43,7 @@ def backward(params, q, k, v, g, beta, runs, initial_state, t_inv, states, do, d
             x = jnp.sum(x.reshape(B, -1, K, R // K, H).astype(jnp.float32), 3).astype(x.dtype)
         return x[:, :T]
 
-    return summed(dq), summed(dk), dv[:, :T], _tokens(dg, T), _tokens(dbeta, T), dstate_t.mT
+    return summed(dq), summed(dk), dv[:, :T], _tokens(dg, T), _tokens(dbeta, T), dstate_t[0].mT
 
 
 def _tokens(x, T):

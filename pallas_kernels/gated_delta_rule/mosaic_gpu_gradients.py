@@ -1,4 +1,4 @@
-"""The parallel half of the gated delta rule's backward on Hopper: one block per chunk and head.
+"""The parallel half of the gated delta rule's backward on Hopper: chunks in any order.
 
 From the states S, the inverse X and what the sweep leaves, dS+ and dR~ (letters of the README):
 
@@ -8,6 +8,9 @@ From the states S, the inverse X and what the sweep leaves, dS+ and dR~ (letters
     dK1 = z V' dS+^T                    dK2 = -a beta dR~ S^T        Y = beta (dA * D)
     dK  = dK1 + dK2 + (s dP * D)^T Q + (Y + Y^T) K                   dV = beta dR~
     E   = dP * P + beta dA * B          dbeta = rowsum(dR~ * R) + rowsum(dA * B)
+
+A block of 128 dims fills the shared memory of a processor. So it takes several chunks, one after
+another, and fetches the next one while it computes.
 
 A warpgroup takes 64 columns of everything as wide as a head; of the [C,C] products the first one
 takes dP's, the last one dA's. Sums over the rows of a tile pass through shared memory that Mosaic
@@ -25,6 +28,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import BETA, CUMULATIVE, READ, RUN, WRITE
 from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
+    PROCESSORS,
     TILE,
     add_products,
     decay,
@@ -38,6 +42,16 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
 # The sums: rowsum(E) + rowsum(Q * dQ1) + rowsum(K * dK2), colsum(E), rowsum(K * dK1), dbeta, all
 # by rows of the chunk, and <S, dS+> by rows of S.
 OF_ROWS, OF_COLUMNS, WRITTEN, DBETA, KEPT = range(5)
+SLOTS = 2
+
+
+def block_length(chunks: int, heads: int) -> int:
+    """Chunks that a block computes one after another, so that all are done soonest."""
+
+    def duration(length):  # of the processors' turns, each with a chunk's time to begin with
+        return -(-(-(-chunks // length) * heads) // PROCESSORS) * (length + 1)
+
+    return min(range(1, chunks + 1), key=duration)
 
 
 def gradients(scale, q, k, v, do, gates, t_inv, states, dstates, dr):
@@ -51,55 +65,24 @@ def gradients(scale, q, k, v, do, gates, t_inv, states, dstates, dr):
     Z, B, R, rows, C = gates.shape
     H, dtype = q.shape[3], q.dtype
     W, groups = H // TILE, R // q.shape[2]
+    # Blocks of one warpgroup are small enough for several at a time, which hide what they wait for.
+    length = block_length(Z, B * R) if W > 1 else 1
 
     def body(*refs):
-        sources, (dq, dk, dv, sums), scratch = refs[:9], refs[9:13], refs[13:]
-        read, computed, (first, second, met, turn) = scratch
-        z, b, r, w = (jax.lax.axis_index(n) for n in ("chunk", "batch", "head", "columns"))
-        tokens, of_head = (b, pl.ds(z * C, C), r), (z, b, r)
-        of_key_head = (b, pl.ds(z * C, C), jax.lax.div(r, jnp.int32(groups)))
-        x = _Chunk(*read, *computed, pl.ds(w * TILE, TILE), w)
+        sources, results, scratch = refs[:9], refs[9:13], refs[13:]
+        p, b, r, w = (jax.lax.axis_index(n) for n in ("part", "batch", "head", "columns"))
+        first = p * length
+        chunks = jnp.minimum(length, Z - first) if length > 1 else 1
+        block = _Block(sources, results, *scratch, b, r, jax.lax.div(r, jnp.int32(groups)), C)
+        pl.when(w == 0)(lambda: block.begin(first, chunks))
 
-        def leader(function):
-            pl.when(w == 0)(function)
-
-        def meet():
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(met)
-            plgpu.barrier_wait(met)
-
-        @leader
-        def _():
-            places = of_key_head, of_head, tokens, *[of_head] * 3, of_key_head, tokens, of_head
-            barriers = *[first] * 6, *[second] * 3
-            for source, place, target, barrier in zip(sources, places, read, barriers, strict=True):
-                plgpu.copy_gmem_to_smem(source.at[place], target, barrier)
-
-        plgpu.barrier_wait(first)
-        dbeta = _correct(x)
-        meet()
-        plgpu.barrier_wait(second)
-        _pairs(x, scale, dbeta, W, turn)
-        _keep(x, W)
-        meet()
-        dq_own, of_rows = _of_queries(x, scale)
-        dk_own = _of_keys(x, of_rows)
-        meet()  # all have read what the results overwrite
-        x.v[:, x.own] = (load_row(x.gates.at[BETA]) * load(x.dr.at[:, x.own])).astype(dtype)
-        x.do[:, x.own] = dq_own
-        x.k[:, x.own] = dk_own
-        meet()
-
-        @leader
-        def _():
-            for result, target in ((x.do, dq), (x.k, dk), (x.v, dv)):
-                plgpu.copy_smem_to_gmem(result, target.at[tokens])
-            plgpu.copy_smem_to_gmem(x.sums, sums.at[of_head])
+        @pl.loop(0, chunks)
+        def _(i):
+            _chunk(scale, block, first + i, i, chunks, w, W)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    keys, square = matrix(dtype, C, H), matrix(dtype, H, H)
-    chunk, gate = matrix(dtype, C, C), plgpu.SMEM((rows, C), jnp.float32)
+    keys, square, pairs = (matrix(dtype, 1, *x) for x in ((C, H), (H, H), (C, C)))
     return plgpu.kernel(
         body,
         out_type=(
@@ -107,24 +90,147 @@ def gradients(scale, q, k, v, do, gates, t_inv, states, dstates, dr):
             jax.ShapeDtypeStruct((Z, B, R, W, 5, C), jnp.float32),
         ),
         scratch_types=[
-            [keys, square, keys, gate, chunk, keys, keys, keys, square],
-            [chunk, chunk, plgpu.SMEM((W, 5, C), jnp.float32)],
             [
-                plgpu.Barrier(num_arrivals=6),
+                matrix(dtype, SLOTS, C, H),
+                matrix(dtype, SLOTS, H, H),
+                plgpu.SMEM((SLOTS, rows, C), jnp.float32),
+            ],
+            [pairs, keys, keys, keys, keys, square],
+            [pairs, pairs, plgpu.SMEM((1, W, 5, C), jnp.float32)],
+            [
+                plgpu.Barrier(num_arrivals=3, num_barriers=SLOTS),
+                plgpu.Barrier(num_arrivals=3),
                 plgpu.Barrier(num_arrivals=3),
                 plgpu.Barrier(num_arrivals=W),
                 plgpu.Barrier(num_arrivals=1),
             ],
         ],
-        grid=(R, Z, B),
-        grid_names=("head", "chunk", "batch"),
+        grid=(R, -(-Z // length), B),
+        grid_names=("head", "part", "batch"),
         num_threads=W,
         thread_name="columns",
         kernel_name="gdn_gradients",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-    )(k, states, v, gates, t_inv, dr, q, do, dstates)
+    )(k, states, gates, t_inv, v, dr, q, do, dstates)
+
+
+def _chunk(scale, block, z, i, chunks, w, W):
+    """One chunk: wait for what was fetched, compute, give back, and fetch for the ones to come."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    early, needed, rest, met, turn = block.barriers
+    slot = jax.lax.rem(i, jnp.array(SLOTS, i.dtype))
+    # It is 0, which the compiler cannot know: it would keep the addresses of all operands in
+    # registers from chunk to chunk, and spill.
+    only = jax.lax.shift_right_logical((block.r << 14) + i, 28)
+    late = (s.at[only] for s in (*block.late, *block.computed))
+    x = _Chunk(*(s.at[slot] for s in block.early), *late, _own(w), w)
+
+    def meet():
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
+
+    plgpu.barrier_wait(early.at[slot])
+    plgpu.barrier_wait(needed)
+    dbeta = _correct(x)
+    meet()
+    more = i + 1 < chunks
+    pl.when((w == 0) & more)(lambda: block.fetch_inverse(z + 1))
+    plgpu.barrier_wait(rest)
+    _pairs(x, scale, dbeta, W, turn)
+    _keep(x, W)
+    meet()
+    dq_own, of_rows = _of_queries(x, scale)
+    dk_own = _of_keys(x, of_rows)
+    meet()  # all have read what the results overwrite
+    x.v[:, x.own] = (load_row(x.gates.at[BETA]) * load(x.dr.at[:, x.own])).astype(x.k.dtype)
+    x.do[:, x.own] = dq_own
+    x.k[:, x.own] = dk_own
+    meet()
+
+    @pl.when(w == 0)
+    def _():
+        block.store(x, z)
+        pl.when(more)(lambda: block.fetch_free(z + 1))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        pl.when(more)(lambda: block.fetch_stored(z + 1))
+        pl.when(i + SLOTS < chunks)(lambda: block.fetch_early(z + SLOTS, slot))
+
+
+def _own(w):
+    from jax.experimental import pallas as pl
+
+    return pl.ds(w * TILE, TILE)
+
+
+class _Block(NamedTuple):
+    """What a block reads and writes in device memory, its shared memory, and where it stands.
+
+    `early` is fetched two chunks ahead. There is no room for two of the others: each is fetched as
+    soon as the chunk before has read it, or has stored the result that took its place.
+    """
+
+    sources: Any  # k, states, gates | t_inv, v, dr | q, do, dstates
+    results: Any  # dq, dk, dv, sums
+    early: Any  # of two chunks: k, state, gates
+    late: Any  # t_inv, v, dr, q, do, dstate
+    computed: Any
+    barriers: Any
+    b: Any
+    r: Any
+    key_head: Any
+    C: int
+
+    def _tokens(self, z, head):
+        from jax.experimental import pallas as pl
+
+        return self.b, pl.ds(z * self.C, self.C), head
+
+    def _fetch(self, z, *numbers):
+        """By their place among the `sources` behind the early ones."""
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        of_head, tokens = (z, self.b, self.r), self._tokens(z, self.r)
+        places = of_head, tokens, of_head, self._tokens(z, self.key_head), tokens, of_head
+        for n in numbers:
+            source, barrier = self.sources[3 + n].at[places[n]], self.barriers[1 + n // 3]
+            plgpu.copy_gmem_to_smem(source, self.late[n].at[0], barrier)
+
+    def begin(self, first, chunks):
+        from jax.experimental import pallas as pl
+
+        self.fetch_early(first, 0)
+        self._fetch(first, *range(6))
+        pl.when(chunks > 1)(lambda: self.fetch_early(first + 1, 1))
+
+    def fetch_early(self, z, slot):
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        places = self._tokens(z, self.key_head), *[(z, self.b, self.r)] * 2
+        for source, place, target in zip(self.sources[:3], places, self.early, strict=True):
+            barrier = self.barriers[0].at[slot]
+            plgpu.copy_gmem_to_smem(source.at[place], target.at[slot], barrier)
+
+    def fetch_inverse(self, z):
+        self._fetch(z, 0)
+
+    def fetch_free(self, z):
+        self._fetch(z, 2, 3, 5)
+
+    def fetch_stored(self, z):
+        self._fetch(z, 1, 4)
+
+    def store(self, x, z):
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        dq, dk, dv, sums = self.results
+        for result, target in ((x.do, dq), (x.k, dk), (x.v, dv)):
+            plgpu.copy_smem_to_gmem(result, target.at[self._tokens(z, self.r)])
+        plgpu.copy_smem_to_gmem(x.sums, sums.at[z, self.b, self.r])
 
 
 class _Chunk(NamedTuple):
@@ -132,9 +238,9 @@ class _Chunk(NamedTuple):
 
     k: Any  # [C,H]
     state: Any  # [H,H]
-    v: Any  # [C,H]  V, then V'
     gates: Any  # [6,C]
     t_inv: Any  # [C,C]
+    v: Any  # [C,H]  V, then V'
     dr: Any  # [C,H]  dR~
     q: Any  # [C,H]
     do: Any  # [C,H]

@@ -14,6 +14,8 @@ chunks (`mosaic_gpu_segments.py`).
     N segments of L chunks   W warpgroups of values, E / 64, the height of a product
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -52,86 +54,17 @@ def recurrence(scale, q, k, v, gates, t_inv, starts, residuals):
     W, L = E // TILE, -(-Z // N)
     dtype = q.dtype
 
-    def body(q, k, v, gates, t_inv, starts, o, end, *rest):
-        states, rest = (rest[0], rest[1:]) if residuals else (None, rest)
-        (kq_s, v_s, t_s, gates_s), own, (full, free) = rest
+    def body(*refs):
+        sources, (starts, o, end, *states, shared, own, barriers) = refs[:5], refs[5:]
         b, r, n, w = (jax.lax.axis_index(x) for x in ("batch", "head", "segment", "values"))
-        p_s, o_s, state_s = (x.at[w] for x in own)
-        key_head = jax.lax.div(r, jnp.int32(R // K))
-        values = pl.ds(w * TILE, TILE)
+        own, values = [x.at[w] for x in own], pl.ds(w * TILE, TILE)
         first, stop = n * L, jnp.minimum((n + 1) * L, Z)
-
-        def fetch(z, slot):
-            rows, barrier = pl.ds(z * C, C), full.at[slot]
-            plgpu.copy_gmem_to_smem(k.at[b, rows, key_head], kq_s.at[slot, pl.ds(0, C)], barrier)
-            plgpu.copy_gmem_to_smem(q.at[b, rows, key_head], kq_s.at[slot, pl.ds(C, C)], barrier)
-            plgpu.copy_gmem_to_smem(t_inv.at[z, b, r], t_s.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(gates.at[z, b, r], gates_s.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(v.at[b, rows, r], v_s.at[slot], barrier)
-
-        for slot in range(SLOTS):
-
-            @pl.when((w == 0) & (first + slot < stop))
-            def _(slot=slot):
-                fetch(first + slot, slot)
-
-        def scores(q_i, k_i, gate_i):
-            """P; the decays are computed while the product is."""
-
-            def multiply(acc):
-                plgpu.wgmma(acc, q_i, k_i.T)
-                decays = scale * decay(gate_i.at[CUMULATIVE], gate_i.at[RUN])
-                return decays * acc[...]
-
-            return pl.run_scoped(multiply, plgpu.ACC((C, C), jnp.float32))
-
-        def chunk(i, state):
-            z, slot = first + i, jax.lax.rem(i, jnp.array(SLOTS, i.dtype))
-            plgpu.barrier_wait(full.at[slot])
-            kq_i, gate_i = kq_s.at[slot], gates_s.at[slot]
-            k_i, q_i = kq_i.at[pl.ds(0, C)], kq_i.at[pl.ds(C, C)]
-            s = state.astype(dtype)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            p_s[...] = scores(q_i, k_i, gate_i).astype(dtype)
-            if residuals:
-                state_s.T[...] = s
-            plgpu.commit_smem()
-            if residuals:
-                plgpu.copy_smem_to_gmem(state_s, states.at[z, b, r, :, values])
-
-            (by_state,) = products([(s, kq_i.T)])
-            a = load_column(gate_i.at[READ])
-            left = load(v_s.at[slot, :, values].T) - a * by_state[:, :C]
-            left = load_column(gate_i.at[BETA]) * left
-            (v_new,) = products([(left.astype(dtype), t_s.at[slot].T)])
-
-            def write(accs):
-                state_acc, o_acc = accs
-                added = load_column(gate_i.at[WRITE]) * v_new
-                plgpu.wgmma(state_acc, added.astype(dtype), k_i)
-                plgpu.wgmma(o_acc, v_new.astype(dtype), p_s.T)
-
-            kept, o_state = gate_i[KEEP, 0] * state, scale * a * by_state[:, C:]
-            init = plgpu.ACC.init
-            state, o_i = pl.run_state(write)((init(kept), init(o_state)))
-            o_s.T[...] = o_i.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_s, o.at[b, pl.ds(z * C, C), r, values])
-
-            @pl.when(z + SLOTS < stop)
-            def _():
-                plgpu.barrier_arrive(free.at[slot])
-
-                @pl.when(w == 0)
-                def _():
-                    plgpu.barrier_wait(free.at[slot])
-                    fetch(z + SLOTS, slot)
-
-            return state
-
+        place = b, r, jax.lax.div(r, jnp.int32(R // K)), w, values
+        walk = _Walk(scale, sources, (o, *states), shared, own, *barriers, *place, first, stop)
+        walk.begin()
         layout = plgpu.Layout.WGMMA
         state = plgpu.load(starts.at[n, b, r, values], layout=layout, optimized=False)
-        state = jax.lax.fori_loop(0, stop - first, chunk, state)
+        state = jax.lax.fori_loop(0, stop - first, walk.chunk, state)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(n == N - 1)
@@ -142,15 +75,17 @@ def recurrence(scale, q, k, v, gates, t_inv, starts, residuals):
         jax.ShapeDtypeStruct(v.shape, dtype),
         jax.ShapeDtypeStruct((B, R, E, H), jnp.float32),
     ]
+    own = [matrix(dtype, W, C, C), matrix(dtype, W, C, TILE)]
     if residuals:
         out_type.append(jax.ShapeDtypeStruct((Z, B, R, H, E), dtype))
+        own.append(matrix(dtype, W, H, TILE))
     shared = [matrix(dtype, SLOTS, *x) for x in ((2 * C, H), (C, E), (C, C))]
     kernel = plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=[
             [*shared, plgpu.SMEM((SLOTS, rows, C), jnp.float32)],
-            [matrix(dtype, W, *x) for x in ((C, C), (C, TILE), (H, TILE))],
+            own,
             [
                 plgpu.Barrier(num_arrivals=5, num_barriers=SLOTS),
                 plgpu.Barrier(num_arrivals=W, num_barriers=SLOTS),
@@ -165,5 +100,116 @@ def recurrence(scale, q, k, v, gates, t_inv, starts, residuals):
         ),
         kernel_name="gdn_recurrence",
     )
-    o, state, *states = kernel(q, k, v, gates, t_inv, starts)
+    o, state, *states = kernel(q, k, v, t_inv, gates, starts)
     return o, state, states[0] if residuals else None
+
+
+class _Walk(NamedTuple):
+    """One warpgroup's walk over a segment; without residuals, no states among the `results`."""
+
+    scale: float
+    sources: Any  # q, k, v, t_inv, gates in device memory
+    results: Any  # o, states
+    shared: Any  # k and q in one, v, t_inv, gates of two chunks
+    own: Any  # P, o, the state
+    full: Any
+    free: Any
+    b: Any
+    r: Any
+    key_head: Any
+    w: Any
+    values: Any
+    first: Any
+    stop: Any
+
+    def fetch(self, z, slot):
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        q, k, v, t_inv, gates = self.sources
+        kq_s, v_s, t_s, gates_s = (x.at[slot] for x in self.shared)
+        C = v_s.shape[0]
+        tokens, of_head = pl.ds(z * C, C), (z, self.b, self.r)
+        for source, target in (
+            (k.at[self.b, tokens, self.key_head], kq_s.at[pl.ds(0, C)]),
+            (q.at[self.b, tokens, self.key_head], kq_s.at[pl.ds(C, C)]),
+            (t_inv.at[of_head], t_s),
+            (gates.at[of_head], gates_s),
+            (v.at[self.b, tokens, self.r], v_s),
+        ):
+            plgpu.copy_gmem_to_smem(source, target, self.full.at[slot])
+
+    def begin(self):
+        from jax.experimental import pallas as pl
+
+        for slot in range(SLOTS):
+
+            @pl.when((self.w == 0) & (self.first + slot < self.stop))
+            def _(slot=slot):
+                self.fetch(self.first + slot, slot)
+
+    def scores(self, q_i, k_i, gate_i):
+        """P; the decays are computed while the product is."""
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        def multiply(acc):
+            plgpu.wgmma(acc, q_i, k_i.T)
+            decays = self.scale * decay(gate_i.at[CUMULATIVE], gate_i.at[RUN])
+            return decays * acc[...]
+
+        C = k_i.shape[0]
+        return pl.run_scoped(multiply, plgpu.ACC((C, C), jnp.float32))
+
+    def chunk(self, i, state):
+        """The state behind the i-th chunk of the segment from that before it."""
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        z, slot = self.first + i, jax.lax.rem(i, jnp.array(SLOTS, i.dtype))
+        plgpu.barrier_wait(self.full.at[slot])
+        kq_i, v_i, t_i, gate_i = (x.at[slot] for x in self.shared)
+        (p_s, o_s, *state_s), (o, *states) = self.own, self.results
+        C, dtype = v_i.shape[0], v_i.dtype
+        k_i, q_i = kq_i.at[pl.ds(0, C)], kq_i.at[pl.ds(C, C)]
+        s = state.astype(dtype)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        p_s[...] = self.scores(q_i, k_i, gate_i).astype(dtype)
+        if states:
+            state_s[0].T[...] = s
+        plgpu.commit_smem()
+        if states:
+            plgpu.copy_smem_to_gmem(state_s[0], states[0].at[z, self.b, self.r, :, self.values])
+
+        (by_state,) = products([(s, kq_i.T)])
+        a = load_column(gate_i.at[READ])
+        left = load(v_i.at[:, self.values].T) - a * by_state[:, :C]
+        left = load_column(gate_i.at[BETA]) * left
+        (v_new,) = products([(left.astype(dtype), t_i.T)])
+
+        def write(accs):
+            state_acc, o_acc = accs
+            added = load_column(gate_i.at[WRITE]) * v_new
+            plgpu.wgmma(state_acc, added.astype(dtype), k_i)
+            plgpu.wgmma(o_acc, v_new.astype(dtype), p_s.T)
+
+        kept, o_state = gate_i[KEEP, 0] * state, self.scale * a * by_state[:, C:]
+        init = plgpu.ACC.init
+        state, o_i = pl.run_state(write)((init(kept), init(o_state)))
+        o_s.T[...] = o_i.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(o_s, o.at[self.b, pl.ds(z * C, C), self.r, self.values])
+        pl.when(z + SLOTS < self.stop)(lambda: self.refill(z + SLOTS, slot))
+        return state
+
+    def refill(self, z, slot):
+        """When all have read the slot."""
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        plgpu.barrier_arrive(self.free.at[slot])
+
+        @pl.when(self.w == 0)
+        def _():
+            plgpu.barrier_wait(self.free.at[slot])
+            self.fetch(z, slot)

@@ -4,15 +4,21 @@ A segment is an affine map of the state, S -> M S + F. Transposed, its rows do n
 are the recurrence from 0, those of M^T the recurrence of the identity with V = 0. One kernel runs
 both for all segments at once, without outputs; a short loop applies the maps one after another.
 
+Backward a segment is the map dS -> M^T dS + D, with the same M; D is the sweep from 0.
+
     B batch   Z chunks   C rows of a chunk   K key heads   R value heads   H = E dims
     N segments of L chunks   W warpgroups of rows, H / 64
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import BETA, KEEP, READ, WRITE
+from pallas_kernels.gated_delta_rule.mosaic_gpu_sweep import sweep
 from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
+    PROCESSORS,
     TILE,
     add_products,
     load,
@@ -22,7 +28,6 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
 )
 from pallas_kernels.precision import dot
 
-PROCESSORS = 132  # of an H100 or H200
 SLOTS = 3
 APPLY = 4  # what a map costs, in chunks of the recurrence
 
@@ -33,11 +38,22 @@ def count_segments(heads: int, chunks: int, dim: int) -> int:
     Blocks that do not fit on the chip together wait for each other. The last segment needs no map,
     the first one no M.
     """
+    return _count(heads, chunks, dim, lambda n: (2 * n - 3,))
+
+
+def count_sweeps(heads: int, chunks: int, dim: int) -> int:
+    """The same of the sweep. The first segment needs no map, the last one no M; D takes a kernel
+    of its own."""
+    return _count(heads, chunks, dim, lambda n: (n - 1, n - 2))
+
+
+def _count(heads, chunks, dim, maps) -> int:
+    """`maps(n)` are the segments that each kernel before the last one walks over."""
     blocks = PROCESSORS * 128 // dim  # at the same time
 
     def chain(n):
         length = -(-chunks // n)
-        waves = -(-(2 * n - 3) * heads // blocks) if n > 1 else 0
+        waves = sum(-(-m * heads // blocks) for m in maps(n)) if n > 1 else 0
         return length * (1 + waves) + APPLY * (n > 1) * (n + 1)
 
     n = min(range(1, max(1, min(blocks // heads, chunks)) + 1), key=chain)
@@ -51,7 +67,7 @@ def segment_starts(k, v, gates, t_inv, start, segments):
     """
     if segments == 1:
         return start[None]
-    maps = _maps(k, v, gates, t_inv, start, segments)
+    maps = _maps(k, v, gates, t_inv, start, segments, range(2 * segments - 3))
     added, factors = maps[: segments - 1], maps[segments - 1 :]
     starts = [start, added[0]]
     for n in range(segments - 2):
@@ -59,8 +75,25 @@ def segment_starts(k, v, gates, t_inv, start, segments):
     return jnp.stack(starts)
 
 
-def _maps(k, v, gates, t_inv, start, N):
-    """[2N-3,B,R,H,H] fp32: F^T of segments 0 ... N-2, the first from `start`, M^T of 1 ... N-2."""
+def segment_ends(scale, q, k, do, gates, t_inv, end, segments):
+    """Return dS^T behind the segments [N,B,R,E,H], fp32, from end [B,R,E,H]; more in `sweep`."""
+    if segments == 1:
+        return end[None]
+    N, length = segments, -(-gates.shape[0] // segments)
+    none = jnp.zeros((N - 2, *end.shape), end.dtype)
+    behind = jnp.concatenate([none, end[None]])
+    (added,) = sweep(scale, q, k, do, gates, t_inv, behind, length, every_chunk=False)
+    ends = [end, added[-1]]
+    if N > 2:  # M does not depend on v
+        factors = _maps(k, do, gates, t_inv, end, N, range(N - 1, 2 * N - 3))
+        for n in range(N - 3, -1, -1):
+            ends.append(dot("breh,brfh->bref", ends[-1], factors[n], "highest") + added[n])
+    return jnp.stack(ends[::-1])
+
+
+def _maps(k, v, gates, t_inv, start, N, which):
+    """[len(which),B,R,H,H] fp32, of these: F^T of segments 0 ... N-2, the first from `start`, and
+    M^T of segments 1 ... N-2."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -69,66 +102,34 @@ def _maps(k, v, gates, t_inv, start, N):
     W, L = H // TILE, -(-Z // N)
     dtype = k.dtype
 
-    def body(k, v, gates, t_inv, start, maps, k_s, v_s, t_s, gates_s, full, free):
-        b, r, m, w = (jax.lax.axis_index(x) for x in ("batch", "head", "map", "rows"))
-        key_head = jax.lax.div(r, jnp.int32(R // K))
-        own = pl.ds(w * TILE, TILE)
+    def body(*refs):
+        sources, (start, maps, shared, barriers) = refs[:4], refs[4:]
+        b, r, n, w = (jax.lax.axis_index(x) for x in ("batch", "head", "map", "rows"))
+        m, own = n + which.start, pl.ds(w * TILE, TILE)
         is_factor = m >= N - 1
         first = jnp.where(is_factor, m - (N - 2), m) * L
-
-        def fetch(z, slot):
-            rows, barrier = pl.ds(z * C, C), full.at[slot]
-            plgpu.copy_gmem_to_smem(k.at[b, rows, key_head], k_s.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(t_inv.at[z, b, r], t_s.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(gates.at[z, b, r], gates_s.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(v.at[b, rows, r], v_s.at[slot], barrier)
-
-        @pl.when(w == 0)
-        def _():
-            for slot in range(min(SLOTS, L)):
-                fetch(first + slot, slot)
-
-        def chunk(i, state):
-            slot = jax.lax.rem(i, jnp.array(SLOTS, i.dtype))
-            plgpu.barrier_wait(full.at[slot])
-            k_i, gate_i = k_s.at[slot], gates_s.at[slot]
-            (read,) = products([(state.astype(dtype), k_i.T)])
-            given = jnp.where(is_factor, 0.0, load(v_s.at[slot, :, own].T))
-            left = load_column(gate_i.at[BETA]) * (given - load_column(gate_i.at[READ]) * read)
-            (v_new,) = products([(left.astype(dtype), t_s.at[slot].T)])
-            added = (load_column(gate_i.at[WRITE]) * v_new).astype(dtype)
-            state = add_products(gate_i[KEEP, 0] * state, (added, k_i))
-
-            @pl.when(i + SLOTS < L)
-            def _():
-                plgpu.barrier_arrive(free.at[slot])
-
-                @pl.when(w == 0)
-                def _():
-                    plgpu.barrier_wait(free.at[slot])
-                    fetch(first + i + SLOTS, slot)
-
-            return state
-
-        row, column = (
-            plgpu.broadcasted_iota(jnp.int32, (TILE, H), axis, layout=plgpu.Layout.WGMMA)
-            for axis in (0, 1)
-        )
-        identity = jnp.where(row + w * TILE == column, 1.0, 0.0)
+        place = b, r, jax.lax.div(r, jnp.int32(R // K)), w, own
+        walk = _Walk(sources, shared, *barriers, *place, first, L, is_factor)
+        walk.begin()
         given = plgpu.load(start.at[b, r, own], layout=plgpu.Layout.WGMMA, optimized=False)
-        state = jnp.where(is_factor, identity, jnp.where(m == 0, given, 0.0))
-        maps[m, b, r, own] = jax.lax.fori_loop(0, L, chunk, state)
+        given = jnp.where(m == 0, given, 0.0)
+        state = jnp.where(is_factor, _identity(w, H), given)
+        maps[n, b, r, own] = jax.lax.fori_loop(0, L, walk.chunk, state)
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((2 * N - 3, B, R, H, H), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((len(which), B, R, H, H), jnp.float32),
         scratch_types=[
-            *(matrix(dtype, SLOTS, *x) for x in ((C, H), (C, H), (C, C))),
-            plgpu.SMEM((SLOTS, rows, C), jnp.float32),
-            plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
-            plgpu.Barrier(num_arrivals=W, num_barriers=SLOTS),
+            [
+                *(matrix(dtype, SLOTS, C, x) for x in (H, H, C)),
+                plgpu.SMEM((SLOTS, rows, C), jnp.float32),
+            ],
+            [
+                plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
+                plgpu.Barrier(num_arrivals=W, num_barriers=SLOTS),
+            ],
         ],
-        grid=(R, B, 2 * N - 3),
+        grid=(R, B, len(which)),
         grid_names=("head", "batch", "map"),
         num_threads=W,
         thread_name="rows",
@@ -137,4 +138,76 @@ def _maps(k, v, gates, t_inv, start, N):
         ),
         kernel_name="gdn_segment_maps",
     )
-    return kernel(k, v, gates, t_inv, start)
+    return kernel(k, v, t_inv, gates, start)
+
+
+def _identity(w, H):
+    """A warpgroup's rows of it."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    row, column = (
+        plgpu.broadcasted_iota(jnp.int32, (TILE, H), axis, layout=plgpu.Layout.WGMMA)
+        for axis in (0, 1)
+    )
+    return jnp.where(row + w * TILE == column, 1.0, 0.0)
+
+
+class _Walk(NamedTuple):
+    """One warpgroup's walk over a segment, without outputs."""
+
+    sources: Any  # k, v, t_inv, gates in device memory
+    shared: Any  # the same of three chunks
+    full: Any
+    free: Any
+    b: Any
+    r: Any
+    key_head: Any
+    w: Any
+    own: Any
+    first: Any
+    chunks: int
+    is_factor: Any
+
+    def fetch(self, z, slot):
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        C = self.shared[0].shape[1]
+        tokens, of_head = pl.ds(z * C, C), (z, self.b, self.r)
+        places = (self.b, tokens, self.key_head), (self.b, tokens, self.r), of_head, of_head
+        for source, place, target in zip(self.sources, places, self.shared, strict=True):
+            plgpu.copy_gmem_to_smem(source.at[place], target.at[slot], self.full.at[slot])
+
+    def begin(self):
+        from jax.experimental import pallas as pl
+
+        @pl.when(self.w == 0)
+        def _():
+            for slot in range(min(SLOTS, self.chunks)):
+                self.fetch(self.first + slot, slot)
+
+    def chunk(self, i, state):
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        slot = jax.lax.rem(i, jnp.array(SLOTS, i.dtype))
+        plgpu.barrier_wait(self.full.at[slot])
+        k_i, v_i, t_i, gate_i = (x.at[slot] for x in self.shared)
+        dtype = k_i.dtype
+        (read,) = products([(state.astype(dtype), k_i.T)])
+        given = jnp.where(self.is_factor, 0.0, load(v_i.at[:, self.own].T))
+        left = load_column(gate_i.at[BETA]) * (given - load_column(gate_i.at[READ]) * read)
+        (v_new,) = products([(left.astype(dtype), t_i.T)])
+        added = (load_column(gate_i.at[WRITE]) * v_new).astype(dtype)
+        state = add_products(gate_i[KEEP, 0] * state, (added, k_i))
+
+        @pl.when(i + SLOTS < self.chunks)
+        def _():
+            plgpu.barrier_arrive(self.free.at[slot])
+
+            @pl.when(self.w == 0)
+            def _():
+                plgpu.barrier_wait(self.free.at[slot])
+                self.fetch(self.first + i + SLOTS, slot)
+
+        return state

@@ -14,6 +14,8 @@ P of a chunk is computed beside the one after it.
     E value dim   W warpgroups, E / 64
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -38,11 +40,13 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
 SLOTS = 2
 
 
-def sweep(scale, q, k, do, gates, t_inv, dstate):
-    """Return dS+^T of every chunk [Z,B,R,E,H], dR~ [Z,B,R,C,E] and dS^T at the start [B,R,E,H].
+def sweep(scale, q, k, do, gates, t_inv, ends, length, every_chunk=True):
+    """Return dS^T at the segments' starts [N,B,R,E,H], dS+^T of every chunk [Z,B,R,E,H] and dR~.
 
     q, k [B,Z*C,K,H] and do [B,Z*C,R,E] are whole chunks, gates [Z,B,R,6,C] fp32, t_inv
-    [Z,B,R,C,C], dstate [B,R,E,H] fp32, transposed. Results have q's dtype, the last one is fp32.
+    [Z,B,R,C,C]. `ends` [N,B,R,E,H] is dS^T behind the last N segments of `length` chunks, of which
+    the last one may be shorter; earlier ones are left out. dR~ [Z,B,R,C,E] and dS+^T have q's
+    dtype, the others are fp32. Without `every_chunk` only the first is computed and returned.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -50,109 +54,153 @@ def sweep(scale, q, k, do, gates, t_inv, dstate):
     Z, B, R, rows, C = gates.shape
     H, E = q.shape[3], do.shape[3]
     W, groups, dtype = E // TILE, R // q.shape[2], q.dtype
+    N = ends.shape[0]
+    skipped = -(-Z // length) - N
 
-    def body(q, k, do, gates, t_inv, dstate, dstates, dr, dstate_start, *scratch):
-        q_s, k_s, do_s, t_s, gates_s, *own, full, free = scratch
-        b, r, w = (jax.lax.axis_index(name) for name in ("batch", "head", "values"))
-        p_s, dr_s, ds_s = (x.at[w] for x in own)
-        key_head = jax.lax.div(r, jnp.int32(groups))
-        values = pl.ds(w * TILE, TILE)
-
-        def fetch(z, slot):
-            tokens = pl.ds(z * C, C)
-            for source, target in (
-                (q.at[b, tokens, key_head], q_s),
-                (k.at[b, tokens, key_head], k_s),
-                (do.at[b, tokens, r], do_s),
-                (t_inv.at[z, b, r], t_s),
-                (gates.at[z, b, r], gates_s),
-            ):
-                plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
-
-        @pl.when(w == 0)
-        def _():
-            for n in range(min(SLOTS, Z)):
-                fetch(Z - 1 - n, n)
-
-        def store_p(scores, slot):
-            gate = gates_s.at[slot]
-            p_s[...] = (scale * decay(gate.at[CUMULATIVE], gate.at[RUN]) * scores).astype(dtype)
-
-        def chunk(n, ds):
-            z, slot, ahead = Z - 1 - n, jax.lax.rem(n, SLOTS), jax.lax.rem(n + 1, SLOTS)
-            gate, do_t = gates_s.at[slot], do_s.at[slot, :, values].T
-            a = load_column(gate.at[READ])
-            ds_operand = ds.astype(dtype)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            ds_s[...] = ds_operand
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(ds_s, dstates.at[z, b, r, values])
-            do_operand = (scale * a * load(do_t)).astype(dtype)
-
-            def read(accs):
-                ds_k, do_p, ds = accs
-                plgpu.wgmma(ds_k, ds_operand, k_s.at[slot].T)
-                plgpu.wgmma(do_p, do_t, p_s)
-                plgpu.wgmma(ds, do_operand, q_s.at[slot])
-
-            starts = zeros(C), zeros(C), gates_s[slot, KEEP, 0] * ds
-            ds_k, do_p, ds = pl.run_state(read)(tuple(map(plgpu.ACC.init, starts)))
-            dv = (do_p + load_column(gate.at[WRITE]) * ds_k).astype(dtype)
-            pl.when(n + 1 < Z)(lambda: plgpu.barrier_wait(full.at[ahead]))
-            # Behind the last chunk this is of an old slot, and nobody reads it.
-            dr_new, scores = products([(dv, t_s.at[slot])], [(q_s.at[ahead], k_s.at[ahead].T)])
-            removed = (-a * load_column(gate.at[BETA]) * dr_new).astype(dtype)
-
-            def remove(acc):
-                plgpu.wgmma(acc, removed, k_s.at[slot])
-                store_p(scores, ahead)
-                dr_s.T[...] = dr_new.astype(dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(dr_s, dr.at[z, b, r, :, values])
-
-            ds = pl.run_state(remove)(plgpu.ACC.init(ds))
-
-            @pl.when(n + SLOTS < Z)
-            def _():
-                plgpu.barrier_arrive(free.at[slot])
-                plgpu.barrier_wait(free.at[slot])
-                pl.when(w == 0)(lambda: fetch(z - SLOTS, slot))
-
-            return ds
-
-        plgpu.barrier_wait(full.at[0])
-        (scores,) = products([(q_s.at[0], k_s.at[0].T)])
-        store_p(scores, 0)
-        plgpu.commit_smem()
-        end = plgpu.load(dstate.at[b, r, values], layout=plgpu.Layout.WGMMA, optimized=False)
-        dstate_start[b, r, values] = jax.lax.fori_loop(0, Z, chunk, end)
+    def body(*refs):
+        sources, (ends, starts, *results, shared, own, barriers) = refs[:5], refs[5:]
+        b, r, m, w = (jax.lax.axis_index(x) for x in ("batch", "head", "segment", "values"))
+        first = (m + skipped) * length
+        stop = jnp.minimum(first + length, Z)
+        own, values = [x.at[w] for x in own], pl.ds(w * TILE, TILE)
+        place = b, r, jax.lax.div(r, jnp.int32(groups)), w, values
+        walk = _Walk(scale, sources, results, shared, own, *barriers, *place, stop, stop - first)
+        walk.begin()
+        layout = plgpu.Layout.WGMMA
+        end = plgpu.load(ends.at[m, b, r, values], layout=layout, optimized=False)
+        starts[m, b, r, values] = jax.lax.fori_loop(0, stop - first, walk.chunk, end)
         plgpu.wait_smem_to_gmem(0)
 
+    out_type = [jax.ShapeDtypeStruct((N, B, R, E, H), jnp.float32)]
+    own = [matrix(dtype, W, C, C)]
+    if every_chunk:
+        out_type += [jax.ShapeDtypeStruct((Z, B, R, *x), dtype) for x in ((E, H), (C, E))]
+        own += [matrix(dtype, W, TILE, H), matrix(dtype, W, C, TILE)]
+    shared = [matrix(dtype, SLOTS, C, x) for x in (H, H, E, C)]
     return plgpu.kernel(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct((Z, B, R, E, H), dtype),
-            jax.ShapeDtypeStruct((Z, B, R, C, E), dtype),
-            jax.ShapeDtypeStruct((B, R, E, H), jnp.float32),
-        ),
+        out_type=out_type,
         scratch_types=[
-            matrix(dtype, SLOTS, C, H),
-            matrix(dtype, SLOTS, C, H),
-            matrix(dtype, SLOTS, C, E),
-            matrix(dtype, SLOTS, C, C),
-            plgpu.SMEM((SLOTS, rows, C), jnp.float32),
-            matrix(dtype, W, C, C),
-            matrix(dtype, W, C, TILE),
-            matrix(dtype, W, TILE, H),
-            plgpu.Barrier(num_arrivals=5, num_barriers=SLOTS),
-            plgpu.Barrier(num_arrivals=W, num_barriers=SLOTS),
+            [*shared, plgpu.SMEM((SLOTS, rows, C), jnp.float32)],
+            own,
+            [
+                plgpu.Barrier(num_arrivals=5, num_barriers=SLOTS),
+                plgpu.Barrier(num_arrivals=W, num_barriers=SLOTS),
+            ],
         ],
-        grid=(R, B),
-        grid_names=("head", "batch"),
+        grid=(R, B, N),
+        grid_names=("head", "batch", "segment"),
         num_threads=W,
         thread_name="values",
-        kernel_name="gdn_sweep",
+        kernel_name="gdn_sweep" if every_chunk else "gdn_segment_sweep",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-    )(q, k, do, gates, t_inv, dstate)
+    )(q, k, do, t_inv, gates, ends)
+
+
+class _Walk(NamedTuple):
+    """One warpgroup's walk back over a segment; there may be no `results` but its end."""
+
+    scale: float
+    sources: Any  # q, k, do, t_inv, gates in device memory
+    results: Any  # dstates, dr
+    shared: Any  # the sources of two chunks
+    own: Any  # P, dS+^T, dR~
+    full: Any
+    free: Any
+    b: Any
+    r: Any
+    key_head: Any
+    w: Any
+    values: Any
+    stop: Any
+    chunks: Any
+
+    def fetch(self, z, slot):
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        C = self.shared[0].shape[1]
+        of_key, tokens = (self.b, pl.ds(z * C, C), self.key_head), (self.b, pl.ds(z * C, C), self.r)
+        places = of_key, of_key, tokens, *[(z, self.b, self.r)] * 2
+        for source, place, target in zip(self.sources, places, self.shared, strict=True):
+            plgpu.copy_gmem_to_smem(source.at[place], target.at[slot], self.full.at[slot])
+
+    def begin(self):
+        """Fill the slots and compute P of the last chunk."""
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        for slot in range(SLOTS):
+
+            @pl.when((self.w == 0) & (slot < self.chunks))
+            def _(slot=slot):
+                self.fetch(self.stop - 1 - slot, slot)
+
+        plgpu.barrier_wait(self.full.at[0])
+        q_s, k_s, *_ = self.shared
+        (scores,) = products([(q_s.at[0], k_s.at[0].T)])
+        self.store_p(scores, 0)
+        plgpu.commit_smem()
+
+    def store_p(self, scores, slot):
+        gate, p_s = self.shared[4].at[slot], self.own[0]
+        decays = decay(gate.at[CUMULATIVE], gate.at[RUN])
+        p_s[...] = (self.scale * decays * scores).astype(p_s.dtype)
+
+    def chunk(self, n, ds):
+        """dS^T before the n-th chunk from the end, from dS+^T behind it."""
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        z, slot, ahead = self.stop - 1 - n, jax.lax.rem(n, SLOTS), jax.lax.rem(n + 1, SLOTS)
+        q_s, k_s, do_s, t_s, gates_s = self.shared
+        gate, do_t = gates_s.at[slot], do_s.at[slot, :, self.values].T
+        a, dtype = load_column(gate.at[READ]), q_s.dtype
+        ds_operand = ds.astype(dtype)
+        if self.results:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.own[1][...] = ds_operand
+            plgpu.commit_smem()
+            target = self.results[0].at[z, self.b, self.r, self.values]
+            plgpu.copy_smem_to_gmem(self.own[1], target)
+        do_operand = (self.scale * a * load(do_t)).astype(dtype)
+
+        def read(accs):
+            ds_k, do_p, ds = accs
+            plgpu.wgmma(ds_k, ds_operand, k_s.at[slot].T)
+            plgpu.wgmma(do_p, do_t, self.own[0])
+            plgpu.wgmma(ds, do_operand, q_s.at[slot])
+
+        C = k_s.shape[1]
+        starts = zeros(C), zeros(C), gates_s[slot, KEEP, 0] * ds
+        ds_k, do_p, ds = pl.run_state(read)(tuple(map(plgpu.ACC.init, starts)))
+        dv = (do_p + load_column(gate.at[WRITE]) * ds_k).astype(dtype)
+        pl.when(n + 1 < self.chunks)(lambda: plgpu.barrier_wait(self.full.at[ahead]))
+        # Behind the last chunk this is of an old slot, and nobody reads it.
+        dr_new, scores = products([(dv, t_s.at[slot])], [(q_s.at[ahead], k_s.at[ahead].T)])
+        removed = (-a * load_column(gate.at[BETA]) * dr_new).astype(dtype)
+
+        def remove(acc):
+            plgpu.wgmma(acc, removed, k_s.at[slot])
+            self.store_p(scores, ahead)
+            if self.results:
+                self.own[2].T[...] = dr_new.astype(dtype)
+            plgpu.commit_smem()
+            if self.results:
+                target = self.results[1].at[z, self.b, self.r, :, self.values]
+                plgpu.copy_smem_to_gmem(self.own[2], target)
+
+        ds = pl.run_state(remove)(plgpu.ACC.init(ds))
+        pl.when(n + SLOTS < self.chunks)(lambda: self.refill(z - SLOTS, slot))
+        return ds
+
+    def refill(self, z, slot):
+        """When all have read the slot."""
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        plgpu.barrier_arrive(self.free.at[slot])
+        plgpu.barrier_wait(self.free.at[slot])
+        pl.when(self.w == 0)(lambda: self.fetch(z, slot))

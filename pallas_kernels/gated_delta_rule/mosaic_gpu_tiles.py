@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 TILE = 64
+PROCESSORS = 132  # of an H100 or H200
 
 
 def matrix(dtype, *shape):

@@ -23,17 +23,22 @@ def topology():
         pytest.skip(f"no CUDA plugin of jax to compile with: {error}")
 
 
-def resources(function, operands, monkeypatch, capfd) -> dict[str, tuple[int, int]]:
-    """Kernel name -> bytes of spills, bytes of shared memory."""
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_RESOURCES", "1")
+def compiled(function, operands, **options):
+    """The program for one H100; `options` are those of `jax.jit`."""
     devices = np.array(topology().devices)
     sharding = NamedSharding(Mesh(devices, ("x",)), PartitionSpec())
     operands = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), operands
     )
+    return jax.jit(function, **options).lower(*operands).compile()
+
+
+def resources(function, operands, monkeypatch, capfd) -> dict[str, tuple[int, int]]:
+    """Kernel name -> bytes of spills, bytes of shared memory."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_RESOURCES", "1")
     capfd.readouterr()
-    jax.jit(function).lower(*operands).compile()
+    compiled(function, operands)
     out, err = capfd.readouterr()
     text = out + err
     names = re.findall(r"Function properties for (\w+)_mosaic_gpu_kernel", text)

@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import GatedDeltaConfig, gated_delta_rule
 from pallas_kernels.gated_delta_rule import api, mosaic_gpu, reference, xla
-from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import count_segments
+from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import count_segments, count_sweeps
 from tests.helpers import assert_close
 from tests.kernels import h100
 from tests.kernels.mosaic_interpreter import interpreted
@@ -192,14 +192,16 @@ def test_declines_other_devices(kind):
 
 
 @pytest.mark.parametrize("heads, chunks, dim", [(448, 8, 64), (128, 64, 128), (16, 512, 128)])
-def test_segments_fill_the_chip_and_cover_the_sequence(heads, chunks, dim):
-    n = count_segments(heads, chunks, dim)
+@pytest.mark.parametrize("count", [count_segments, count_sweeps])
+def test_segments_fill_the_chip_and_cover_the_sequence(count, heads, chunks, dim):
+    n = count(heads, chunks, dim)
     assert (n - 1) * -(-chunks // n) < chunks
     assert (n > 1) == (heads == 16)
 
 
 def test_every_short_sequence_has_full_segments():
     """All but the last one have the same length, which the maps rely on, and none is empty."""
-    for heads, chunks in itertools.product((1, 2, 3, 16, 40), range(1, 70)):
-        n = count_segments(heads, chunks, 128)
+    counts = count_segments, count_sweeps
+    for count, heads, chunks in itertools.product(counts, (1, 2, 3, 16, 40), range(1, 70)):
+        n = count(heads, chunks, 128)
         assert n >= 1 and (n - 1) * -(-chunks // n) < chunks

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gated_delta_rule
-from pallas_kernels.gated_delta_rule import api, mosaic_gpu_backward, xla
+from pallas_kernels.gated_delta_rule import (
+    api,
+    mosaic_gpu_backward,
+    mosaic_gpu_gradients,
+    xla,
+)
 from pallas_kernels.gated_delta_rule.arg_specs import GatedDeltaArgs
 from tests.helpers import assert_close
 from tests.kernels import h100
@@ -29,9 +34,14 @@ CASES = {
     "extreme": GatedDeltaArgs(
         shape=(1, 128, 1, 1, 64, 64), beta=(0.0, 1.0), gate=(0.0, -0.1, -40.0)
     ),
+    "segments": GatedDeltaArgs(
+        shape=(1, 300, 1, 1, 64, 64), documents=((1, 280), (2, 20)), gate=(0.0, -0.1)
+    ),
     "wide": GatedDeltaArgs(shape=(1, 190, 1, 1, 128, 128), keys="correlated"),
     "wide_documents": GatedDeltaArgs(shape=(1, 130, 1, 2, 128, 128), documents=DOCUMENTS),
 }
+SEGMENTS = {"segments": 3}  # of 2, 2 and 1 chunks, a document over both borders
+BLOCK = {"wide": 3, "wide_documents": 2}  # chunks of a block, of three
 HARD = {
     "wide_slow": GatedDeltaArgs(shape=(1, 128, 1, 1, 128, 128), gate=(-5e-4, -1e-3, -2e-3)),
     "wide_repeated": GatedDeltaArgs(
@@ -84,7 +94,10 @@ def gradients(name, dtype, of_xla=False):
     operands = (*operands, t_inv, states, *cotangents)
     if of_xla:
         return dict(zip(NAMES, xla.backward(params, *operands), strict=True))
-    with interpreted():
+    with interpreted(), pytest.MonkeyPatch.context() as patch:
+        count = SEGMENTS.get(name, 1)
+        patch.setattr(mosaic_gpu_backward, "count_sweeps", lambda *_: count)
+        patch.setattr(mosaic_gpu_gradients, "block_length", lambda *_: BLOCK.get(name, 1))
         results = mosaic_gpu_backward.backward(params, *operands)
     return dict(zip(NAMES, results, strict=True))
 
@@ -143,7 +156,9 @@ def test_races_are_seen(capsys, monkeypatch):
 @pytest.mark.parametrize("H", [64, 128])
 def test_compiles_for_hopper(H, monkeypatch, capfd):
     """No register is spilled and a block's shared memory suffices."""
-    B, T, K, R, Z, C = 2, 200, 2, 4, 4, 64
+    monkeypatch.setattr(mosaic_gpu_backward, "count_sweeps", lambda *_: 3)
+    monkeypatch.setattr(mosaic_gpu_gradients, "block_length", lambda *_: 4)
+    B, T, K, R, Z, C = 2, 600, 2, 4, 10, 64
     params = api.GatedDeltaParams(
         1.0, api.GatedDeltaConfig(), (B, T, K, H), (B, T, R, H), jnp.bfloat16, True
     )
@@ -157,7 +172,18 @@ def test_compiles_for_hopper(H, monkeypatch, capfd):
     residuals = array(Z, B, R, C, C), array(Z, B, R, H, H)
     backward = functools.partial(mosaic_gpu_backward.backward, params)
     found = h100.resources(backward, (*operands, *residuals, value, state), monkeypatch, capfd)
-    assert set(found) == {"gdn_sweep", "gdn_gradients"}
+    sweeps = {"gdn_segment_sweep", "gdn_segment_maps", "gdn_sweep"}
+    assert found.keys() == sweeps | {"gdn_gradients"}
     for name, (spills, shared) in found.items():
         assert spills == 0, f"{name}: {spills} bytes spilled"
         assert shared <= h100.SHARED_MEMORY, f"{name}: {shared} bytes of shared memory"
+
+
+@pytest.mark.parametrize(
+    "chunks, heads, turns", [(64, 128, 64), (512, 16, 64), (64, 112, 64), (1, 3, 1)]
+)
+def test_blocks_of_chunks_come_out_even(chunks, heads, turns):
+    """The chip's 132 processors are busy to the end, or nearly so."""
+    length = mosaic_gpu_gradients.block_length(chunks, heads)
+    blocks = -(-chunks // length) * heads
+    assert -(-blocks // 132) * length <= turns
