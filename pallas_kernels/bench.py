@@ -65,7 +65,10 @@ def _parse(arguments):
     args = parser.parse_args(arguments)
     names = ("shapes", "implementations", "dim", "repeats", "twin", "decode", "seed", "seconds")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return OPS[args.op].Options(**given), args
+    try:
+        return OPS[args.op].Options(**given), args
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _shapes(text: str) -> tuple[tuple[int, ...], ...]:

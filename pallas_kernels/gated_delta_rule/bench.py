@@ -61,6 +61,11 @@ class Options:
     decode: int = 256
     seed: int = 0
 
+    def __post_init__(self):
+        known = (*api.IMPLEMENTATIONS, *peers.PEERS)
+        if unknown := [name for name in self.implementations if name not in known]:
+            raise ValueError(f"implementations: expected some of {known}, got {unknown}")
+
 
 @dataclasses.dataclass
 class _Run:

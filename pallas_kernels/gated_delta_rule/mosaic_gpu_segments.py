@@ -2,7 +2,7 @@
 
 A segment is an affine map of the state, S -> M S + F. Transposed, its rows do not mix: those of F^T
 are the recurrence from 0, those of M^T the recurrence of the identity with V = 0. One kernel runs
-both for all segments at once, without outputs; a short loop applies the maps one after another.
+both for all segments at once, without outputs; `fold` applies the maps one after another.
 
 Backward a segment is the map dS -> M^T dS + D, with the same M; D is the sweep from 0.
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gated_delta_rule.mosaic_gpu_fold import fold
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import BETA, KEEP, READ, WRITE
 from pallas_kernels.gated_delta_rule.mosaic_gpu_sweep import sweep
 from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
@@ -26,10 +27,9 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     matrix,
     products,
 )
-from pallas_kernels.precision import dot
 
 SLOTS = 3
-APPLY = 4  # what a map costs, in chunks of the recurrence
+APPLY = 1  # what a map costs, in chunks of the recurrence
 
 
 def count_segments(heads: int, chunks: int, dim: int) -> int:
@@ -68,11 +68,9 @@ def segment_starts(k, v, gates, t_inv, start, segments):
     if segments == 1:
         return start[None]
     maps = _maps(k, v, gates, t_inv, start, segments, range(2 * segments - 3))
-    added, factors = maps[: segments - 1], maps[segments - 1 :]
-    starts = [start, added[0]]
-    for n in range(segments - 2):
-        starts.append(dot("breh,brhf->bref", starts[-1], factors[n], "highest") + added[n + 1])
-    return jnp.stack(starts)
+    if segments > 2:
+        maps = fold(maps, maps, segments - 1, segments - 1, k.dtype, backward=False)
+    return jnp.concatenate([start[None], maps])
 
 
 def segment_ends(scale, q, k, do, gates, t_inv, end, segments):
@@ -83,12 +81,10 @@ def segment_ends(scale, q, k, do, gates, t_inv, end, segments):
     none = jnp.zeros((N - 2, *end.shape), end.dtype)
     behind = jnp.concatenate([none, end[None]])
     (added,) = sweep(scale, q, k, do, gates, t_inv, behind, length, every_chunk=False)
-    ends = [end, added[-1]]
     if N > 2:  # M does not depend on v
         factors = _maps(k, do, gates, t_inv, end, N, range(N - 1, 2 * N - 3))
-        for n in range(N - 3, -1, -1):
-            ends.append(dot("breh,brfh->bref", ends[-1], factors[n], "highest") + added[n])
-    return jnp.stack(ends[::-1])
+        added = fold(added, factors, N - 1, 0, k.dtype, backward=True)
+    return jnp.concatenate([added, end[None]])
 
 
 def _maps(k, v, gates, t_inv, start, N, which):

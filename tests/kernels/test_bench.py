@@ -1,6 +1,7 @@
 """The measuring command on a CPU: rows, summary, its arithmetic, failures that do not end it."""
 
 import json
+import re
 
 import pytest
 
@@ -104,6 +105,20 @@ def test_summary_takes_the_slower_gate():
     assert found["fwd_ms_s1_2_3"] == 2.0 and found["fwd_vs_fla_s1_2_3"] == 0.667
     assert found["fwdbwd_vs_fla_s1_2_3"] == 2.0 and found["speedup_vs_xla_s1_2_3"] == 7.5
     assert found["max_rel_err"] == 0.1 and found["decode_step_bandwidth_share"] == 0.4
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--implementations xla,tilelang", r"got \['tilelang'\]"),
+        ("--shapes 8x4096", "expected BxTxR"),
+    ],
+)
+def test_wrong_words_are_refused(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        bench.main(f"--op gated_delta_rule --out {tmp_path / 'x.json'} {words}".split())
+    assert caught.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_every_peer_says_why_it_cannot_run():

@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import GatedDeltaConfig, gated_delta_rule
 from pallas_kernels.gated_delta_rule import api, mosaic_gpu, reference, xla
+from pallas_kernels.gated_delta_rule.mosaic_gpu_fold import fold
 from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import count_segments, count_sweeps
 from tests.helpers import assert_close
 from tests.kernels import h100
@@ -102,6 +103,23 @@ def params_of(arrays, residuals):
 
 
 @NEWEST
+@pytest.mark.parametrize("backward", [False, True])
+def test_maps_are_applied_without_rounding_them(backward, capsys):
+    """Three maps in a row, with bf16 operands, are as good as in fp32."""
+    rng = np.random.default_rng(0)
+    added, factors = rng.normal(size=(4, 1, 1, 64, 64)), rng.normal(size=(5, 1, 1, 64, 64)) / 8
+    added, factors = (x.astype(np.float32) for x in (added, factors))
+    want = np.float64(added)
+    for n in (2, 1, 0) if backward else (1, 2, 3):
+        m = np.float64(factors[2 + n]).swapaxes(-1, -2) if backward else np.float64(factors[1 + n])
+        want[n] += want[n + 1 if backward else n - 1] @ m
+    with interpreted():
+        got = fold(*map(jnp.asarray, (added, factors)), 4, 2, jnp.bfloat16, backward)
+    assert "RACE DETECTED" not in capsys.readouterr().out
+    assert_close("folded", want, np.float64(got), 1e-5)
+
+
+@NEWEST
 def test_the_op_without_residuals_equals_the_op_with_them():
     arrays = draw(Case(T=70))
     with interpreted():
@@ -138,7 +156,8 @@ def test_compiled_for_an_h100(dim, monkeypatch, capfd):
         run = functools.partial(mosaic_gpu.forward, params_of(arrays, residuals))
         q, k, v, g, beta, state = arrays.values()
         found = h100.resources(run, (q, k, v, g, beta, None, state), monkeypatch, capfd)
-        assert found.keys() == {"gdn_prepare", "gdn_segment_maps", "gdn_recurrence"}
+        segments = {"gdn_segment_maps", "gdn_segment_fold"}
+        assert found.keys() == segments | {"gdn_prepare", "gdn_recurrence"}
         kernels += found.values()
     for spilled, shared in kernels:
         assert spilled == 0 and shared <= h100.SHARED_MEMORY

@@ -172,7 +172,7 @@ def test_compiles_for_hopper(H, monkeypatch, capfd):
     residuals = array(Z, B, R, C, C), array(Z, B, R, H, H)
     backward = functools.partial(mosaic_gpu_backward.backward, params)
     found = h100.resources(backward, (*operands, *residuals, value, state), monkeypatch, capfd)
-    sweeps = {"gdn_segment_sweep", "gdn_segment_maps", "gdn_sweep"}
+    sweeps = {"gdn_segment_sweep", "gdn_segment_maps", "gdn_segment_fold", "gdn_sweep"}
     assert found.keys() == sweeps | {"gdn_gradients"}
     for name, (spills, shared) in found.items():
         assert spills == 0, f"{name}: {spills} bytes spilled"
