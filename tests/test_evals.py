@@ -233,7 +233,10 @@ def test_zeroed_la_heads_say_nothing(student, teacher, text):
 
 def test_evaluate_and_report(teacher, student, data, tmp_path, capsys):
     cfg = RunConfig(data=data, eval=EVAL)
-    results = evaluate(iter([teacher, student]), cfg, TOKENIZER, say=lambda line: None)
+    first, results = evaluate(iter([teacher, student]), cfg, TOKENIZER, say=lambda line: None)
+    # A run cut at the student has written the teacher.
+    assert {r["model"] for r in first["rows"]} == {"teacher"}
+    assert first["rows"] == results["rows"][: len(first["rows"])]
     models = ["teacher", "tiny/distill", "tiny/distill (LA zeroed)"]
     assert list(dict.fromkeys(r["model"] for r in results["rows"])) == models
     for name in models:

@@ -61,9 +61,6 @@ def run(cfg: RunConfig) -> None:
     check_eval(cfg)
     paths = folders(cfg)
     tokenizer = load_tokenizer(cfg.tokenizer or next(iter(paths.values())))
-    results = evaluate(
-        subjects(cfg, paths, tokenizer), cfg, tokenizer, has_teacher=bool(cfg.teacher)
-    )
     devices = jax.devices()
     meta = make_lineage(["python", "-m", "hydrajax.evals", *sys.argv[1:]], None) | {
         "device": f"{len(devices)} x {devices[0].device_kind}",
@@ -71,7 +68,9 @@ def run(cfg: RunConfig) -> None:
         "seeds": {"eval": cfg.eval.seed, "data": cfg.data.seed},
         "models": {name: str(path) for name, path in paths.items()},
     }
-    written = report.write(cfg.out, {"meta": meta, **results})
+    models = subjects(cfg, paths, tokenizer)
+    for results in evaluate(models, cfg, tokenizer, has_teacher=bool(cfg.teacher)):
+        written = report.write(cfg.out, {"meta": meta, **results})  # a cut run leaves the others
     report.show(results["rows"])
     print(f"{written[0]} and {len(written) - 1} figures")
 

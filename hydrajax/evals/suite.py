@@ -42,8 +42,8 @@ def evaluate(
     *,
     has_teacher: bool = True,
     say: Callable[[str], None] = print,
-) -> dict:
-    """{"rows": [...], "summary": {"model/metric": number}} of `config.eval`.
+) -> Iterator[dict]:
+    """After each model, {"rows": [...], "summary": {"model/metric": number}} of all so far.
 
     models: the first is the teacher that others are compared with, unless `has_teacher` is
         false. Give a generator to have one student at a time in memory.
@@ -60,7 +60,7 @@ def evaluate(
         if cfg.eval.zero_la and plan.num_fa < plan.num_layers * plan.num_heads:
             rows += measure(zero_la(subject), material)
         say(f"{subject.name}: measured in {time.perf_counter() - begin:.1f} s")
-    return {"rows": rows, "summary": summary(rows)}
+        yield {"rows": list(rows), "summary": summary(rows)}
 
 
 def measure(subject: Subject, material: Material) -> list[dict]:
