@@ -415,6 +415,24 @@ def test_a_smoke_run_compiles_for_a_tpu_host(tmp_path):
 
 @pytest.mark.aot_tpu
 @needs_libtpu
+def test_what_does_not_fit_names_the_knob_and_exits_with_2(tmp_path):
+    """Whole copies of 1.7B parameters and moments on 16 GiB: found without compiling."""
+    out = tmp_path / "r.json"
+    done = rehearse(
+        "--config=configs/qwen3_1p7b/distill.py", "--topology=v5e:2x2", f"--out={out}",
+        "--config.mesh.data=-1", "--config.mesh.fsdp=1", "--config.data.rows=4",
+        "--config.model.num_layers=20",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "error: v5e:2x2: does not fit: a device needs at least" in done.stderr
+    assert "--config.mesh.data=1 --config.mesh.fsdp=4 (now 4 and 1)" in done.stderr
+    body = json.loads(out.read_text())
+    assert body["summary"]["fits"] is False and "does not fit" in body["summary"]["message"]
+    assert body["rows"][0]["memory_bytes"]["parameters"] > 4 * 2**30
+
+
+@pytest.mark.aot_tpu
+@needs_libtpu
 def test_what_cannot_be_laid_out_is_one_line_and_exit_code_2():
     done = rehearse("--config=configs/qwen3_1p7b/align.py:smoke", "--topology=v5e:3x3")
     assert done.returncode == 2 and "topology 'v5e:3x3'" in done.stderr
