@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_runs import CFG, HYDRA, PLAN, run_config
 
+from experiments import rehearsal
 from hydrajax.config import DataConfig, HydraConfig, MeshConfig, RunConfig, StageConfig
 from hydrajax.head_plan import HeadPlan
 from hydrajax.layout import lay_out
@@ -379,6 +380,14 @@ def test_programs_tell_the_implementation_of_each_op():
     assert found.unknown_loops == 0
     sent = collectives(found, layout.mesh.size).sent
     assert sent["all-gather"] > 0 and sent["all-reduce"] + sent["reduce-scatter"] > 0
+
+
+def test_the_page_says_what_the_result_files_say():
+    assert rehearsal.PAGE.read_text() == rehearsal.page(), "python -m experiments.rehearsal table"
+    for path in rehearsal.RESULTS.glob("*.json"):
+        body = json.loads(path.read_text())
+        assert {"command", "commit", "versions", "device", "date", "seeds"} <= body["meta"].keys()
+        assert body["summary"]["fits"] is body["rows"][0]["fits"]
 
 
 needs_libtpu = pytest.mark.skipif(

@@ -148,7 +148,7 @@ def refusal(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> str:
     parts = ", ".join(
         f"{name} {value / GIB:.2f}"
         for name, value in memory.facts().items()
-        if name not in ("total", "hbm", "other") and value
+        if name not in ("total", "hbm", "other") and value >= GIB / 200
     )
     least = "at least " if memory.state > memory.hbm else ""  # then it was not compiled
     knobs = "; or ".join((*advice(cfg, mesh, memory), "take a topology with more devices"))
