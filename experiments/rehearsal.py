@@ -36,6 +36,7 @@ CASES = {
     "qwen3_1p7b_distill_v5e_256": case("qwen3_1p7b/distill", "v5e:16x16", *pod(1, 256, 1024)),
     "qwen3_1p7b_distill_v6e_256": case("qwen3_1p7b/distill", "v6e:16x16", *pod(1, 256, 1024)),
     "qwen3_8b_distill_v5e_host": case("qwen3_8b/distill", "v5e:2x2"),
+    "qwen3_8b_distill_v5p_unsplit": case("qwen3_8b/distill", "v5p:8x8x16", *pod(-1, 1, 4096)),
     "qwen3_1p7b_extend_v5p_1024": case("qwen3_1p7b/extend", "v5p:8x8x16", *pod(16, 64, 1024)),
     "qwen3_1p7b_align_v5p_1024": case("qwen3_1p7b/align", "v5p:8x8x16", *pod(16, 64, 4096)),
     "qwen3_8b_distill_v5p_1024": case("qwen3_8b/distill", "v5p:8x8x16", *pod(4, 256, 4096)),

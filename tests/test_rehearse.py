@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_runs import CFG, HYDRA, PLAN, run_config
 
+from experiments import rehearsal
 from hydrajax.config import DataConfig, HydraConfig, MeshConfig, RunConfig, StageConfig
 from hydrajax.head_plan import HeadPlan
 from hydrajax.layout import lay_out
@@ -381,6 +382,14 @@ def test_programs_tell_the_implementation_of_each_op():
     assert sent["all-gather"] > 0 and sent["all-reduce"] + sent["reduce-scatter"] > 0
 
 
+def test_the_page_says_what_the_result_files_say():
+    assert rehearsal.PAGE.read_text() == rehearsal.page(), "python -m experiments.rehearsal table"
+    for path in rehearsal.RESULTS.glob("*.json"):
+        body = json.loads(path.read_text())
+        assert {"command", "commit", "versions", "device", "date", "seeds"} <= body["meta"].keys()
+        assert body["summary"]["fits"] is body["rows"][0]["fits"]
+
+
 needs_libtpu = pytest.mark.skipif(
     find_spec("libtpu") is None, reason="compiles for TPUs: pip install libtpu"
 )
@@ -411,6 +420,24 @@ def test_a_smoke_run_compiles_for_a_tpu_host(tmp_path):
     assert row["memory_bytes"]["total"] > row["memory_bytes"]["parameters"] > 0
     assert sum(row["sent_bytes"].values()) > 0
     assert {"command", "commit", "versions", "device", "date", "seeds"} <= body["meta"].keys()
+
+
+@pytest.mark.aot_tpu
+@needs_libtpu
+def test_what_does_not_fit_names_the_knob_and_exits_with_2(tmp_path):
+    """Whole copies of 1.7B parameters and moments on 16 GiB: found without compiling."""
+    out = tmp_path / "r.json"
+    done = rehearse(
+        "--config=configs/qwen3_1p7b/distill.py", "--topology=v5e:2x2", f"--out={out}",
+        "--config.mesh.data=-1", "--config.mesh.fsdp=1", "--config.data.rows=4",
+        "--config.model.num_layers=20",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "error: v5e:2x2: does not fit: a device needs at least" in done.stderr
+    assert "--config.mesh.data=1 --config.mesh.fsdp=4 (now 4 and 1)" in done.stderr
+    body = json.loads(out.read_text())
+    assert body["summary"]["fits"] is False and "does not fit" in body["summary"]["message"]
+    assert body["rows"][0]["memory_bytes"]["parameters"] > 4 * 2**30
 
 
 @pytest.mark.aot_tpu

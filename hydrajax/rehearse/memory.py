@@ -32,8 +32,8 @@ class Memory:
     rows: int  # of the batch
     gradients: int  # of the trained parameters, fp32: a part of `other`
     activations: int
-    total: int | None = None  # None: the compiler gave up before it knew
-    hbm: int | None = None  # as the compiler sees it; None: it had no reason to say
+    total: int | None = None  # the compiler's; where the state alone is too large, the least
+    hbm: int | None = None  # the compiler's where it refuses, else that of the table
 
     @property
     def state(self) -> int:
@@ -148,11 +148,12 @@ def refusal(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> str:
     parts = ", ".join(
         f"{name} {value / GIB:.2f}"
         for name, value in memory.facts().items()
-        if name not in ("total", "hbm", "other") and value
+        if name not in ("total", "hbm", "other") and value >= GIB / 200
     )
+    least = "at least " if memory.state > memory.hbm else ""  # then it was not compiled
     knobs = "; or ".join((*advice(cfg, mesh, memory), "take a topology with more devices"))
     return (
-        f"does not fit: a device needs {memory.total / GIB:.2f} GiB, its HBM has "
+        f"does not fit: a device needs {least}{memory.total / GIB:.2f} GiB, its HBM has "
         f"{memory.hbm / GIB:.2f} GiB ({parts}). To do: {knobs}."
     )
 

@@ -55,7 +55,7 @@ class Compiled:
 
     memory: hbm.Memory
     text: str | None  # of the executable; None when it did not fit
-    seconds: dict[str, float]  # trace, lower, compile
+    seconds: dict[str, float]  # count, trace, lower, compile
 
 
 def devices_of(topology: str) -> list:
@@ -110,8 +110,8 @@ def lay_out_on(cfg: RunConfig, devices: list) -> tuple[Layout, Subject]:
 
 
 def compile_step(layout: Layout) -> Compiled:
-    """Compile the step as `train.py` would on this mesh."""
-    memory, seconds = hbm.count(layout), {}
+    """Compile the step as `train.py` would on this mesh, unless its state alone is too large."""
+    seconds: dict[str, float] = {}
     began = time.perf_counter()
 
     def took(what: str) -> None:
@@ -119,6 +119,12 @@ def compile_step(layout: Layout) -> Compiled:
         now = time.perf_counter()
         seconds[what], began = round(now - began, 1), now
 
+    chip = chip_of(layout.device_kind)
+    memory = hbm.count(layout)
+    took("count")
+    if memory.state > chip.hbm:
+        least = memory.state + memory.rows + memory.activations
+        return Compiled(replace(memory, total=least, hbm=round(chip.hbm)), None, seconds)
     step = jit_train_step(layout.programs, layout.places)
     teacher = layout.teacher.params if layout.teacher else {}
     with jax.set_mesh(layout.mesh):
