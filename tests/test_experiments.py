@@ -1,0 +1,68 @@
+"""The road's runner: commands of a variant, resumption of a chain, what a shared GPU counts."""
+
+import sys
+
+import pytest
+
+from experiments.jobs import Job, run_chains
+from experiments.road import COMMANDS, Variant, chain, gpu_seconds
+
+
+def commands(variant: Variant, names=COMMANDS, **options) -> dict[str, str]:
+    options = {"with_teacher": True} | options
+    return {job.name: str(job) for job in chain("tiny", variant, names, **options)}
+
+
+def test_a_name_alone_is_an_arm_of_the_family():
+    lines = commands(Variant.parse("random", ""))
+    assert list(lines) == list(COMMANDS)
+    assert "configs/tiny/select.py:arm=random" in lines["select"]
+    assert "configs/tiny/distill.py:arm=random" in lines["distill"]
+    assert "--config.eval.runs=('random=runs/tiny/random/extend',)" in lines["eval"]
+    assert "--config.teacher=" not in lines["eval"]
+
+
+def test_a_variant_changes_the_commands_that_it_names_and_no_others():
+    text = "fast: preset=safe distill.optim.peak_lr=1e-3 select.select.general=none"
+    variant = Variant.parse(text, "distill.train.steps=5")
+    lines = commands(variant, ("select", "align", "distill", "eval"), with_teacher=False)
+    assert "select.py:arm=causal,preset=safe" in lines["select"]
+    assert lines["select"].endswith(
+        "--config.out=runs/tiny/fast/select --config.select.general=none"
+    )
+    assert lines["align"].endswith("align.py:arm=fast,preset=safe")
+    assert lines["distill"].endswith("--config.train.steps=5 --config.optim.peak_lr=1e-3")
+    assert "fast=runs/tiny/fast/distill" in lines["eval"] and "--config.teacher=" in lines["eval"]
+
+
+@pytest.mark.parametrize("wrong", ["distil.train.steps=5", "distill=5", "fast"])
+def test_an_unknown_key_is_named(wrong):
+    with pytest.raises(SystemExit, match=f"'{wrong}': expected"):
+        Variant.parse(f"a: {wrong}", "")
+
+
+def test_a_failed_chain_names_its_log_and_goes_on_where_it_stopped(tmp_path):
+    mark, gate = tmp_path / "mark", tmp_path / "gate"
+    first = Job("first", (sys.executable, "-c", f"open({str(mark)!r}, 'a').write('x')"))
+    second = Job("second", (sys.executable, "-c", f"open({str(gate)!r})"))
+    with pytest.raises(
+        RuntimeError, match=r"a: second ended with exit code 1, see .*a_second\.log"
+    ):
+        run_chains({"a": [first, second]}, (), tmp_path / "logs")
+    gate.touch()
+    done = run_chains({"a": [first, second]}, (), tmp_path / "logs")
+    assert [d.name for d in done] == ["first", "second"] and mark.read_text() == "x"
+    assert len((tmp_path / "logs/jobs.jsonl").read_text().splitlines()) == 2
+
+
+def test_chains_on_one_gpu_share_its_time():
+    rows = [
+        {"what": "command", "gpu": gpu, "arm": arm, "seconds": seconds}
+        for gpu, arm, seconds in [
+            ("0", "a", 5.0),
+            ("0", "a", 4.0),
+            ("0", "b", 7.0),
+            ("1", "c", 2.0),
+        ]
+    ]
+    assert gpu_seconds([*rows, {"what": "eval"}, json.loads('{"what": "align"}')]) == 11.0
