@@ -135,7 +135,7 @@ def _dump_folder() -> pathlib.Path:
     _dump_folder.keep = folder  # removed when the process ends
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # Of some 70 passes only those around the insertion of delays: writing takes longer than compiling.
+    # Of some 70 passes only those around the delays: writing all takes longer than compiling.
     options = f"--xla_jf_dump_to={folder.name} --xla_jf_dump_llo_text=true"
     options += " --xla_jf_dump_llo_pass_label_regex=.*delay.*"
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {options}".strip()
