@@ -42,6 +42,7 @@ _ENVIRONMENT = {  # the TPU_* describe a host for its start-up checks; the last 
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 _BUNDLES = re.compile(r"\d+-(?P<kernel>.+?)(\.\d+)?-\d+-pre-delay_hlo-static-per-bundle-utiliz.*")
+_KERNEL = re.compile(r"%(\S+?)(?:\.\d+)? = [^\n]*custom_call_target=\"tpu_custom_call\"")
 _ALLOCATION = re.compile(r"#allocation\d+ \[.*?space=vmem, size = (0x[0-9a-f]+)")
 
 
@@ -108,11 +109,12 @@ def static_schedule(function: Callable, *shapes, chip: str) -> dict[str, KernelS
     )
     _empty(folder)
     # A jit of its own: a cached executable would dump nothing.
-    jax.jit(lambda *x: function(*x)).lower(*placed).compile()
+    program = jax.jit(lambda *x: function(*x)).lower(*placed).compile().as_text()
+    names = set(_KERNEL.findall(program))  # what else is dumped are fusions of XLA's
     kernels: dict[str, KernelSchedule] = {}
     for path in sorted(folder.iterdir()):
         match = _BUNDLES.fullmatch(path.name)
-        if match is None or match["kernel"].startswith("<"):
+        if match is None or match["kernel"] not in names:
             continue
         kernel = _read(match["kernel"], chip, path)
         if kernels.setdefault(kernel.name, kernel) != kernel:

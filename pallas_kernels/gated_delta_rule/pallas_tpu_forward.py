@@ -1,0 +1,132 @@
+"""The forward of the gated delta rule on TPU in one kernel that walks over the chunks.
+
+    N = -tril(K K^T * D, -1) b    X = (I - N)^-1     P = tril(Q K^T * D) b     (b scales columns)
+    R = V - a K S                 U = X R            O = s (a Q S + P U)
+    S+ = y S + K^T (z b U)
+
+V' = b U is never made: with beta on the right of A its inverse is that of the README up to a
+scaling, X_README b = b X, and every gate but c and a scales columns, for which nothing has to cross
+lanes. The state is fp32 in VMEM. All heads of a block take a stage before any takes the next one,
+so that the chip has independent work where one head waits for its last product.
+
+    B batch   T tokens   K key heads   R value heads   J blocks of N value heads   Z chunks
+    C rows of a chunk   H key dim   E value dim
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.gated_delta_rule.pallas_tpu_blocks import (
+    BETA,
+    COLUMN_READ,
+    KEEP,
+    WRITE,
+    Blocks,
+    Gates,
+)
+from pallas_kernels.gated_delta_rule.pallas_tpu_inverse import unit_lower_inverses
+from pallas_kernels.gated_delta_rule.pallas_tpu_tiles import (
+    NT,
+    column,
+    decays,
+    dot,
+    head,
+    row,
+    store_pair_mask,
+)
+
+NAME = "gdn_forward"
+
+
+def forward_kernel(blocks: Blocks, scale: float, residuals: bool, q, k, v, gates: Gates, state):
+    """q, k [B,T,K H], v [B,T,R E], state [B,R,H,E] -> (o [B,T,R E], state, X, chunk states).
+
+    X is [Z,B,R,C,C] and the states at the chunk starts are [Z,B,R,H,E], both in q's dtype; they are
+    left out unless `residuals`.
+    """
+    B, Z, C, R = blocks.batch, blocks.chunks, blocks.chunk, blocks.value_heads
+    H, E = blocks.key_dim, blocks.value_dim
+    out_shapes = [
+        jax.ShapeDtypeStruct(v.shape, v.dtype),
+        jax.ShapeDtypeStruct(state.shape, state.dtype),
+    ]
+    out_specs = [blocks.of_values(), blocks.of_state()]
+    if residuals:
+        out_shapes += [jax.ShapeDtypeStruct((Z, B, R, *tile), q.dtype) for tile in ((C, C), (H, E))]
+        out_specs += [blocks.of_chunk(C, C), blocks.of_chunk(H, E)]
+    operands = (q, k, v, gates.columns, gates.rows, *gates.runs, state)
+    return pl.pallas_call(
+        functools.partial(_kernel, blocks, scale, len(gates.runs)),
+        grid=blocks.grid,
+        in_specs=[
+            blocks.of_keys(),
+            blocks.of_keys(),
+            blocks.of_values(),
+            blocks.of_columns(),
+            blocks.of_rows(),
+            *blocks.of_runs()[: len(gates.runs)],
+            blocks.of_state(),
+        ],
+        out_specs=out_specs,
+        out_shape=out_shapes,
+        scratch_shapes=blocks.scratch(),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * B * Z * C * R * (2 * C * H + 2 * C * E + 3 * H * E),
+            transcendentals=B * Z * C * R * C,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*operands, *out_shapes)),
+        ),
+        name=NAME,
+    )(*operands)
+
+
+def _kernel(blocks: Blocks, scale: float, runs: int, q, k, v, columns, rows, *refs):
+    run_refs, (initial, o, final), rest = refs[:runs], refs[runs : runs + 3], refs[runs + 3 :]
+    *residuals, state, scratch, mask = rest
+    heads, H, E, dtype = range(blocks.heads), blocks.key_dim, blocks.value_dim, q.dtype
+    C = blocks.chunk
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        state[...] = initial[0]
+
+    store_pair_mask(mask, run_refs)
+    stacked, products = {}, {}  # of key heads, which several value heads may share
+    for m in range(blocks.keys):
+        keys = head(k, m, H)
+        stacked[m] = jnp.concatenate([keys, head(q, m, H)])
+        products[m] = dot(stacked[m], keys, NT)
+    negated, p = [], []  # both with -beta, which only P has to take back
+    for h in heads:
+        pairs = decays(columns, rows, mask, h) * row(rows, BETA, h)
+        of_keys, of_queries = products[blocks.key_of(h)][:C], products[blocks.key_of(h)][C:]
+        negated.append(of_keys * pairs)
+        p.append((of_queries * pairs).astype(dtype))
+    exact = dtype == jnp.float32
+    x = [x.astype(dtype) for x in unit_lower_inverses(negated, scratch, exact)]
+    r, from_state = [], []
+    for h in heads:
+        s = state[h].astype(dtype)
+        if residuals:
+            residuals[0][0, 0, h], residuals[1][0, 0, h] = x[h], s
+        a = column(columns, COLUMN_READ, h)
+        read = dot(stacked[blocks.key_of(h)], s)
+        r.append((head(v, h, E).astype(jnp.float32) - a * read[:C]).astype(dtype))
+        from_state.append(a * read[C:])
+    u = [dot(x[h], r[h]).astype(dtype) for h in heads]
+    for h in heads:
+        o[0, :, h * E : (h + 1) * E] = (scale * (from_state[h] - dot(p[h], u[h]))).astype(dtype)
+    for h in heads:
+        keys_t = head(k, blocks.key_of(h), H).T.astype(jnp.float32) * row(rows, WRITE, h)
+        keep = row(rows, KEEP, h)[:, :1]
+        state[h] = keep * state[h] + dot(keys_t.astype(dtype), u[h])
+
+    @pl.when(pl.program_id(2) == blocks.chunks - 1)
+    def _():
+        final[0] = state[...]
