@@ -43,7 +43,7 @@ _ENVIRONMENT = {  # the TPU_* describe a host for its start-up checks; the last 
 }
 _BUNDLES = re.compile(r"\d+-(?P<kernel>.+?)(\.\d+)?-\d+-pre-delay_hlo-static-per-bundle-utiliz.*")
 _KERNEL = re.compile(r"%(\S+?)(?:\.\d+)? = [^\n]*custom_call_target=\"tpu_custom_call\"")
-_ALLOCATION = re.compile(r"#allocation\d+ \[.*?space=vmem, size = (0x[0-9a-f]+)")
+_ALLOCATION = re.compile(r"#allocation\w+ \[.*?space=vmem, size = (0x[0-9a-f]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class KernelSchedule:
     cycles: int
     slots: dict[str, int]
     capacity: dict[str, int]  # slots of a bundle
-    vmem_bytes: int  # windows with their second buffers, and scratch; not spilled registers
+    vmem_bytes: int  # windows with their second buffers, scratch, spilled registers
 
     @property
     def utilisation(self) -> dict[str, float]:
@@ -93,7 +93,8 @@ def static_schedule(function: Callable, *shapes, chip: str) -> dict[str, KernelS
 
     Args:
         function: called with the arguments; jitted here.
-        shapes: `jax.ShapeDtypeStruct`s, or pytrees of them, one an argument.
+        shapes: `jax.ShapeDtypeStruct`s, or pytrees of them, one an argument. Small arguments are
+            placed in VMEM for the whole program (128 MiB on some chips), and then no windows.
         chip: a key of `CHIPS`.
 
     Raises what the compiler raises, as when VMEM does not suffice; ValueError if different kernels
