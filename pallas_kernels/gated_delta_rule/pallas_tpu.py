@@ -8,10 +8,21 @@ gradient, in VMEM; `pallas_tpu_inverse` inverts the chunks inside the former (fo
     H key dim   E value dim
 """
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import decline
-from pallas_kernels.gated_delta_rule.pallas_tpu_blocks import cut, flat, gates, head_blocks
+from pallas_kernels.gated_delta_rule.pallas_tpu_backward import backward_kernel
+from pallas_kernels.gated_delta_rule.pallas_tpu_blocks import (
+    BETA,
+    KEEP,
+    WRITE,
+    cut,
+    flat,
+    gates,
+    head_blocks,
+    tokens,
+)
 from pallas_kernels.gated_delta_rule.pallas_tpu_forward import forward_kernel
 
 NAME = "pallas_tpu"
@@ -56,3 +67,45 @@ def forward(params, q, k, v, g, beta, runs, initial_state):
         initial_state,
     )
     return o[:, : v.shape[1]].reshape(v.shape), *rest
+
+
+def backward(params, q, k, v, g, beta, runs, initial_state, x, states, do, dstate):
+    """Return the gradients of q, k, v, g, beta and the initial state."""
+    del initial_state  # it is states[0]
+    blocks, C = cut(params, reverse=True), params.config.chunk
+    T, gate = q.shape[1], gates(blocks, g, beta, runs)
+    dq, dk, dv, sums, kept, dstate = backward_kernel(
+        blocks,
+        params.scale,
+        flat(q, C),
+        flat(k, C),
+        flat(v, C),
+        gate,
+        x,
+        states,
+        flat(do, C),
+        dstate,
+    )
+    i0, i1, i2 = sums[:, :, :, 0], sums[:, :, :, 1], sums[:, :, :, 2]
+    written = gate.rows[:, :, :, WRITE] * i2
+    kept = gate.rows[:, :, :, KEEP, :, :1] * jnp.sum(kept[:, :, :, 0], -1, keepdims=True)
+    dc = i0 + gate.rows[:, :, :, BETA] * i1 - written
+    last = jnp.sum(written, -1, keepdims=True) + kept
+    dg = last + jax.lax.cumsum(dc, axis=4, reverse=True)
+
+    def summed(x):  # over the blocks of value heads that share a key head
+        x = x[:, :T].reshape(*q.shape[:2], -1, q.shape[3])
+        sharing = max(1, q.shape[2] and v.shape[2] // q.shape[2] // blocks.heads)
+        if sharing > 1:
+            x = x.reshape(*q.shape[:3], sharing, q.shape[3])
+            x = jnp.sum(x.astype(jnp.float32), 3).astype(q.dtype)
+        return x[:, :, : q.shape[2]]
+
+    return (
+        summed(dq),
+        summed(dk),
+        dv[:, :T].reshape(v.shape),
+        tokens(dg, g.shape),
+        tokens(i1 + gate.z * i2, g.shape),
+        dstate,
+    )

@@ -86,11 +86,6 @@ class Blocks:
         shape = (1, 1, self.chunk, len(COLUMNS) * self.heads)
         return pl.BlockSpec(shape, lambda b, j, n: (b, j, self._chunk(n), 0))
 
-    def of_rows(self) -> pl.BlockSpec:
-        """[B, J, Z, 4, N, C]"""
-        shape = (1, 1, 1, 4, self.heads, self.chunk)
-        return pl.BlockSpec(shape, lambda b, j, n: (b, j, self._chunk(n), 0, 0, 0))
-
     def of_runs(self) -> list[pl.BlockSpec]:
         """[B, T, 1] and [B, Z, 1, C]"""
         return [
@@ -103,16 +98,20 @@ class Blocks:
         shape = (1, self.heads, self.key_dim, self.value_dim)
         return pl.BlockSpec(shape, lambda b, j, n: (b, j, 0, 0))
 
+    def of_rows(self, kinds: int, size: int) -> pl.BlockSpec:
+        """[B, J, Z, kinds, N, size]"""
+        shape = (1, 1, 1, kinds, self.heads, size)
+        return pl.BlockSpec(shape, lambda b, j, n: (b, j, self._chunk(n), 0, 0, 0))
+
     def of_chunk(self, *tile: int) -> pl.BlockSpec:
         """[Z, B, R, *tile]"""
         shape = (1, 1, self.heads, *tile)
         return pl.BlockSpec(shape, lambda b, j, n: (self._chunk(n), b, j, 0, 0))
 
     def scratch(self) -> list:
-        """The state, rows of the blocks that are inverted by substitution, and the mask of pairs."""
+        """The state, or its gradient, and the mask of pairs."""
         return [
             pltpu.VMEM((self.heads, self.key_dim, self.value_dim), jnp.float32),
-            pltpu.VMEM((LANES, self.chunk), jnp.float32),
             pltpu.VMEM((self.chunk, self.chunk), jnp.float32),
         ]
 
@@ -121,6 +120,7 @@ class Gates(NamedTuple):
     columns: Array
     rows: Array
     runs: tuple[Array, ...]  # as a column and as rows, or nothing
+    z: Array  # exp(c_C - c_i)  [B, J, Z, N, C]; no kernel reads it
 
 
 def head_blocks(key_heads: int, value_heads: int, dims: tuple[int, int]) -> tuple[int, int] | None:
@@ -179,7 +179,13 @@ def gates(blocks: Blocks, g: Array, beta: Array, runs: Array | None) -> Gates:
         read, write = inside(run == before, read), inside(run == last, write)
         keep = inside(last == before, keep)
         run_operands = run.reshape(B, Z * C, 1), run[:, :, None]
-    read, write = jnp.exp2(read), beta * jnp.exp2(write)
-    rows = jnp.stack([c, -beta, write, jnp.broadcast_to(jnp.exp2(keep), c.shape)], 3)
-    columns = jnp.concatenate([c, read, write], 3).swapaxes(3, 4)
-    return Gates(columns.reshape(B, J, Z * C, -1), rows, run_operands)
+    z = jnp.exp2(write)
+    rows = jnp.stack([c, -beta, z * beta, jnp.broadcast_to(jnp.exp2(keep), c.shape)], 3)
+    columns = jnp.concatenate([c, jnp.exp2(read), z * beta], 3).swapaxes(3, 4)
+    return Gates(columns.reshape(B, J, Z * C, -1), rows, run_operands, z)
+
+
+def tokens(x: Array, shape: tuple[int, int, int]) -> Array:
+    """[B, J, Z, N, C] -> [B, T, R]"""
+    B, T, R = shape
+    return x.transpose(0, 2, 4, 1, 3).reshape(B, x.shape[2] * x.shape[4], -1)[:, :T, :R]

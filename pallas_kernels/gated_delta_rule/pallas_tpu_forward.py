@@ -28,7 +28,10 @@ from pallas_kernels.gated_delta_rule.pallas_tpu_blocks import (
     Blocks,
     Gates,
 )
-from pallas_kernels.gated_delta_rule.pallas_tpu_inverse import unit_lower_inverses
+from pallas_kernels.gated_delta_rule.pallas_tpu_inverse import (
+    inverse_scratch,
+    unit_lower_inverses,
+)
 from pallas_kernels.gated_delta_rule.pallas_tpu_tiles import (
     NT,
     column,
@@ -67,13 +70,13 @@ def forward_kernel(blocks: Blocks, scale: float, residuals: bool, q, k, v, gates
             blocks.of_keys(),
             blocks.of_values(),
             blocks.of_columns(),
-            blocks.of_rows(),
+            blocks.of_rows(4, C),
             *blocks.of_runs()[: len(gates.runs)],
             blocks.of_state(),
         ],
         out_specs=out_specs,
         out_shape=out_shapes,
-        scratch_shapes=blocks.scratch(),
+        scratch_shapes=[*blocks.scratch(), inverse_scratch(C)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
@@ -88,7 +91,7 @@ def forward_kernel(blocks: Blocks, scale: float, residuals: bool, q, k, v, gates
 
 def _kernel(blocks: Blocks, scale: float, runs: int, q, k, v, columns, rows, *refs):
     run_refs, (initial, o, final), rest = refs[:runs], refs[runs : runs + 3], refs[runs + 3 :]
-    *residuals, state, scratch, mask = rest
+    *residuals, state, mask, scratch = rest
     heads, H, E, dtype = range(blocks.heads), blocks.key_dim, blocks.value_dim, q.dtype
     C = blocks.chunk
 

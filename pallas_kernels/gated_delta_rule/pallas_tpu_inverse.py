@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.gated_delta_rule.pallas_tpu_tiles import dot, lanes, split, split_dot
+from pallas_kernels.gated_delta_rule.pallas_tpu_tiles import lanes, split, split_dot
 
 FIRST = 16  # rows of the blocks that are inverted by substitution
 SUBLANES = 8
 
 
 def unit_lower_inverses(n: list, scratch, exact: bool) -> list:
-    """Invert I - tril(n, -1) of every head [C, C] fp32; what is on and above the diagonal is not read.
+    """Invert I - tril(n, -1) of every head [C, C] fp32.
 
-    `scratch` is [FIRST * 8, C] fp32. Products have fp32 operands if `exact`, else sums of two bf16.
+    n is 0 above the diagonal and anything on it. `scratch` is [FIRST * 8, C] fp32. Products have fp32 operands if `exact`, else sums of two bf16.
     """
     size = n[0].shape[-1]
     x = _substitute([_pack_diagonal(a) for a in n], scratch)
@@ -34,6 +34,11 @@ def unit_lower_inverses(n: list, scratch, exact: bool) -> list:
         x = _join(n, x, width, exact)
         width *= 2
     return x
+
+
+def inverse_scratch(size: int):
+    """Rows of the blocks that are inverted by substitution."""
+    return pltpu.VMEM((FIRST * SUBLANES, size), jnp.float32)
 
 
 def _substitute(packed: list, scratch) -> list:
