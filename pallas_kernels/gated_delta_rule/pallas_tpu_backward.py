@@ -1,7 +1,7 @@
 """The backward of the gated delta rule on TPU in one kernel that walks back over the chunks.
 
-With the letters of `pallas_tpu_forward` (b scales columns, as a right factor), given dO and dS+ of a
-chunk, and S and X from the forward:
+With the letters of `pallas_tpu_forward` (b scales columns, as a right factor), given dO and dS+ of
+a chunk, and S and X from the forward:
 
     dU = s P^T dO + z b K dS+         dR = X^T dU = dV
     W  = s dO U^T * D b               Y  = -dR U^T * D b, below the diagonal
@@ -12,7 +12,7 @@ chunk, and S and X from the forward:
 
 Gradients of the gates are sums over rows and columns of what is at hand, finished outside:
 
-    i0 = rowsum(e b) + rowsum(Q * dQ1 + K * dK1)     i1 = colsum(e)     i2 = rowsum(U * K dS+)
+    i0 = rowsum(Q * dQ + K * (dK1 + Y K))    i1 = colsum(e)     i2 = rowsum(U * K dS+)
     dbeta = i1 + z i2         dc = i0 - b i1 - z b i2         dc_C += sum(z b i2) + y <S, dS+>
 
     B batch   T tokens   K key heads   R value heads   J blocks of N value heads   Z chunks
@@ -20,9 +20,12 @@ Gradients of the gates are sums over rows and columns of what is at hand, finish
 """
 
 import functools
+import operator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -37,17 +40,16 @@ from pallas_kernels.gated_delta_rule.pallas_tpu_blocks import (
 from pallas_kernels.gated_delta_rule.pallas_tpu_tiles import (
     NT,
     TN,
-    column,
-    decays,
+    Step,
     dot,
     head,
     lanes,
-    row,
     split,
-    store_pair_mask,
+    store_head,
 )
 
 NAME = "gdn_backward"
+READ, COLUMN, WRITTEN = range(3)  # sums i0, i1, i2
 
 
 def backward_kernel(blocks: Blocks, scale: float, q, k, v, gates: Gates, x, states, do, dstate):
@@ -106,94 +108,133 @@ def backward_kernel(blocks: Blocks, scale: float, q, k, v, gates: Gates, x, stat
     )(*operands)
 
 
-LOCK = 8
-
-
 def _kernel(blocks: Blocks, scale: float, runs: int, q, k, v, do, columns, rows, *refs):
     run_refs, (x, states, final), refs = refs[:runs], refs[runs : runs + 3], refs[runs + 3 :]
     dq, dk, dv, sums, kept, initial, dstate, mask = refs
-    H, E, C, dtype = blocks.key_dim, blocks.value_dim, blocks.chunk, q.dtype
-    exact = dtype == jnp.float32
+    step, dtype = Step(blocks, q, k, columns, rows, mask), q.dtype
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         dstate[...] = final[0]
 
-    store_pair_mask(mask, run_refs)
-    below = jax.lax.broadcasted_iota(jnp.int32, (C, C), 0) > lanes((C, C))
-    grads = {}
-    for first in range(0, blocks.heads, LOCK):
-        heads = range(first, min(first + LOCK, blocks.heads))
-        stacked, products = {}, {}
-        for m in sorted({blocks.key_of(h) for h in heads}):
-            keys = head(k, m, H)
-            stacked[m] = jnp.concatenate([keys, head(q, m, H)])
-            products[m] = dot(stacked[m], keys, NT)
-        d, of_k, of_q, p = {}, {}, {}, {}
-        for h in heads:
-            d[h] = decays(columns, rows, mask, h)
-            of_k[h] = jnp.where(below, products[blocks.key_of(h)][:C] * d[h], 0.0)
-            of_q[h] = products[blocks.key_of(h)][C:] * d[h]
-            p[h] = (of_q[h] * (-scale * row(rows, BETA, h))).astype(dtype)
-        s, ds, u, du = {}, {}, {}, {}
-        for h in heads:
-            keys = head(k, blocks.key_of(h), H)
-            s[h] = states[0, 0, h]
-            a = column(columns, COLUMN_READ, h)
-            r = head(v, h, E).astype(jnp.float32) - a * dot(keys, s[h])
-            u[h] = dot(x[0, 0, h], r.astype(dtype))
-        for h in heads:
-            keys = head(k, blocks.key_of(h), H)
-            ds[h] = dstate[h].astype(dtype)
-            kds = dot(keys, ds[h])
-            du[h] = dot(p[h], head(do, h, E), TN) + column(columns, COLUMN_WRITE, h) * kds
-            sums[0, 0, 0, 2, h : h + 1, :] = _row_sums(u[h] * kds, exact)
-            product = s[h].astype(jnp.float32) * dstate[h]
-            kept[0, 0, 0, 0, h : h + 1, :] = jnp.sum(product, 0, keepdims=True)
-        dr = {h: dot(x[0, 0, h], du[h].astype(dtype), TN) for h in heads}
-        pair = {}
-        for h in heads:
-            dr_ = dr[h].astype(dtype)
-            dv[0, :, h * E : (h + 1) * E] = dr_
-            du_pairs = dot(jnp.concatenate([dr_, head(do, h, E)]), u[h].astype(dtype), NT)
-            of_r, of_o = du_pairs[:C], du_pairs[C:]
-            e = scale * (of_o * of_q[h]) - of_r * of_k[h]
-            sums[0, 0, 0, 1, h : h + 1, :] = jnp.sum(e, 0, keepdims=True)
-            beta = row(rows, BETA, h)
-            sums[0, 0, 0, 0, h : h + 1, :] = _row_sums(e * -beta, exact)
-            y = jnp.where(below, of_r * d[h], 0.0) * beta
-            w = of_o * d[h] * (-scale * beta)
-            pair[h] = jnp.concatenate([y, w]).astype(dtype)
-        for h in heads:
-            m = blocks.key_of(h)
-            keys = head(k, m, H)
-            a = column(columns, COLUMN_READ, h)
-            f = jnp.concatenate([-a * dr[h], (scale * a) * head(do, h, E).astype(jnp.float32)])
-            f = f.astype(dtype)
-            keep = row(rows, KEEP, h)[:, :1]
-            from_state = dot(f, s[h], NT)
-            sk = stacked[m].astype(jnp.float32) * from_state
-            at = (0, 0, 0, 0, slice(h, h + 1))
-            sums[at] = sums[at] + _row_sums(sk[:C] + sk[C:], exact)
-            total = from_state + dot(pair[h], keys)
-            written = (column(columns, COLUMN_WRITE, h) * u[h]).astype(dtype)
-            dkey = total[:C] + dot(written, ds[h], NT) + dot(pair[h], stacked[m], TN)
-            dstate[h] = keep * dstate[h] + dot(stacked[m], f, TN)
-            grads[m] = (
-                (dkey, total[C:])
-                if m not in grads
-                else (grads[m][0] + dkey, grads[m][1] + total[C:])
-            )
-    for m, (dkey, dquery) in grads.items():
-        dk[0, :, m * H : (m + 1) * H] = dkey.astype(dtype)
-        dq[0, :, m * H : (m + 1) * H] = dquery.astype(dtype)
+    step.fill_mask(run_refs)
+    s = [states[0, 0, h] for h in step.heads]
+    ds = [dstate[h].astype(dtype) for h in step.heads]
+    pairs = _pairs(step, scale)
+    u = _values(step, v, x, s)
+    du, written = _value_gradients(step, pairs, do, u, ds)
+    for h in step.heads:
+        product = s[h].astype(jnp.float32) * dstate[h]
+        kept[0, 0, 0, 0, h : h + 1, :] = jnp.sum(product, 0, keepdims=True)
+    dr = [dot(x[0, 0, h], du[h].astype(dtype), TN) for h in step.heads]
+    for h in step.heads:
+        sums[0, 0, 0, WRITTEN, h : h + 1, :] = _row_sums(written[h], dtype)
+        store_head(dv, h, dr[h])
+    dpairs = _pair_gradients(step, scale, pairs, do, u, dr, sums)
+    f = _to_state(step, scale, do, dr)
+    _key_gradients(step, f, s, ds, u, dpairs, (dq, dk, sums))
+    for h in step.heads:
+        keep = step.row(KEEP, h)[:, :1]
+        dstate[h] = keep * dstate[h] + dot(step.keys_and_queries(h), f[h], TN)
 
     @pl.when(pl.program_id(2) == blocks.chunks - 1)
     def _():
         initial[0] = dstate[...]
 
 
-def _row_sums(x, exact: bool):
+class _Pairs(NamedTuple):
+    """Gates and products of the pairs of one head, all [C, C]."""
+
+    decay: Array  # D
+    of_keys: Array  # K K^T * D, below the diagonal
+    of_queries: Array  # Q K^T * D
+    p: Array  # s P
+
+
+def _pairs(step: Step, scale: float) -> list[_Pairs]:
+    pairs, C = [], step.blocks.chunk
+    for h, products in enumerate(step.products()):
+        decay = step.decays(h)
+        of_keys = jnp.where(_below(C), products[:C] * decay, 0.0)
+        of_queries = products[C:] * decay
+        p = (of_queries * (-scale * step.row(BETA, h))).astype(step.k.dtype)
+        pairs.append(_Pairs(decay, of_keys, of_queries, p))
+    return pairs
+
+
+def _values(step: Step, v, x, s: list) -> list:
+    """U, computed again."""
+    r = []
+    for h in step.heads:
+        read = step.column(COLUMN_READ, h) * dot(step.keys(h), s[h])
+        r.append((head(v, h, step.blocks.value_dim).astype(jnp.float32) - read).astype(v.dtype))
+    return [dot(x[0, 0, h], r[h]) for h in step.heads]
+
+
+def _value_gradients(step: Step, pairs: list[_Pairs], do, u: list, ds: list) -> tuple[list, list]:
+    """dU, and U * K dS+ whose row sums are i2."""
+    du, written = [], []
+    for h in step.heads:
+        of_state = dot(step.keys(h), ds[h])
+        of_output = dot(pairs[h].p, head(do, h, step.blocks.value_dim), TN)
+        du.append(of_output + step.column(COLUMN_WRITE, h) * of_state)
+        written.append(u[h] * of_state)
+    return du, written
+
+
+def _pair_gradients(step: Step, scale: float, pairs: list[_Pairs], do, u, dr, sums) -> list:
+    """[Y; W] [2C, C]; i1 on the way."""
+    dpairs, C, dtype = [], step.blocks.chunk, do.dtype
+    for h in step.heads:
+        both = jnp.concatenate([dr[h].astype(dtype), head(do, h, step.blocks.value_dim)])
+        both = dot(both, u[h].astype(dtype), NT)
+        of_r, of_o = both[:C], both[C:]
+        e = scale * (of_o * pairs[h].of_queries) - of_r * pairs[h].of_keys
+        sums[0, 0, 0, COLUMN, h : h + 1, :] = jnp.sum(e, 0, keepdims=True)
+        beta = step.row(BETA, h)  # negative
+        y = jnp.where(_below(C), of_r * pairs[h].decay, 0.0) * beta
+        w = of_o * pairs[h].decay * (-scale * beta)
+        dpairs.append(jnp.concatenate([y, w]).astype(dtype))
+    return dpairs
+
+
+def _to_state(step: Step, scale: float, do, dr: list) -> list:
+    """F = [-a dR; s a dO] [2C, E]"""
+    f = []
+    for h in step.heads:
+        a = step.column(COLUMN_READ, h)
+        of_output = scale * a * head(do, h, step.blocks.value_dim).astype(jnp.float32)
+        f.append(jnp.concatenate([-a * dr[h], of_output]).astype(do.dtype))
+    return f
+
+
+def _key_gradients(step: Step, f, s, ds, u, dpairs, outputs) -> None:
+    """dQ and dK, added over the value heads of a key head; i0 on the way."""
+    dq, dk, sums = outputs
+    C, dtype = step.blocks.chunk, dq.dtype
+    totals, read = {}, []
+    for h in step.heads:
+        both = dot(f[h], s[h], NT) + dot(dpairs[h], step.keys(h))  # of keys, of queries
+        product = step.keys_and_queries(h).astype(jnp.float32) * both
+        read.append(product[:C] + product[C:])
+        writes = (step.column(COLUMN_WRITE, h) * u[h]).astype(dtype)
+        of_keys = both[:C] + dot(writes, ds[h], NT)
+        of_keys = of_keys + dot(dpairs[h], step.keys_and_queries(h), TN)
+        totals.setdefault(step.blocks.key_of(h), []).append((of_keys, both[C:]))
+    for m, parts in totals.items():
+        of_keys, of_queries = (functools.reduce(operator.add, x) for x in zip(*parts, strict=True))
+        store_head(dk, m, of_keys)
+        store_head(dq, m, of_queries)
+    for h in step.heads:
+        sums[0, 0, 0, READ, h : h + 1, :] = _row_sums(read[h], dtype)
+
+
+def _below(size: int):
+    return jax.lax.broadcasted_iota(jnp.int32, (size, size), 0) > lanes((size, size))
+
+
+def _row_sums(x, dtype):
     """Sums over the columns, as a row [1, C]: a product with ones also turns the column over."""
-    ones = jnp.ones((8, x.shape[1]), x.dtype if exact else jnp.bfloat16)
-    return sum(dot(ones, part, NT) for part in split(x, exact))[:1]
+    parts = split(x, exact=dtype == jnp.float32)
+    ones = jnp.ones((8, x.shape[1]), parts[0].dtype)
+    return sum(dot(ones, part, NT) for part in parts)[:1]

@@ -14,18 +14,18 @@ the chunk (in units of ln 2, for exp2) and masks of documents as in the README:
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 MAX_HEADS = 8  # of a block; they run in step, and are the sublanes of a register
 LANES = 128
-LOG2E = math.log2(math.e)
+LOG2E = float(np.log2(np.e))
 
 DECAY, BETA, WRITE, KEEP = range(4)  # rows
 COLUMNS = COLUMN_DECAY, COLUMN_READ, COLUMN_WRITE = range(3)

@@ -6,8 +6,7 @@
 
 V' = b U is never made: with beta on the right of A its inverse is that of the README up to a
 scaling, X_README b = b X, and every gate but c and a scales columns, for which nothing has to cross
-lanes. The state is fp32 in VMEM. All heads of a block take a stage before any takes the next one,
-so that the chip has independent work where one head waits for its last product.
+lanes. The state is fp32 in VMEM.
 
     B batch   T tokens   K key heads   R value heads   J blocks of N value heads   Z chunks
     C rows of a chunk   H key dim   E value dim
@@ -32,15 +31,7 @@ from pallas_kernels.gated_delta_rule.pallas_tpu_inverse import (
     inverse_scratch,
     unit_lower_inverses,
 )
-from pallas_kernels.gated_delta_rule.pallas_tpu_tiles import (
-    NT,
-    column,
-    decays,
-    dot,
-    head,
-    row,
-    store_pair_mask,
-)
+from pallas_kernels.gated_delta_rule.pallas_tpu_tiles import Step, dot, head, store_head
 
 NAME = "gdn_forward"
 
@@ -92,42 +83,35 @@ def forward_kernel(blocks: Blocks, scale: float, residuals: bool, q, k, v, gates
 def _kernel(blocks: Blocks, scale: float, runs: int, q, k, v, columns, rows, *refs):
     run_refs, (initial, o, final), rest = refs[:runs], refs[runs : runs + 3], refs[runs + 3 :]
     *residuals, state, mask, scratch = rest
-    heads, H, E, dtype = range(blocks.heads), blocks.key_dim, blocks.value_dim, q.dtype
-    C = blocks.chunk
+    step, C, dtype = Step(blocks, q, k, columns, rows, mask), blocks.chunk, q.dtype
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         state[...] = initial[0]
 
-    store_pair_mask(mask, run_refs)
-    stacked, products = {}, {}  # of key heads, which several value heads may share
-    for m in range(blocks.keys):
-        keys = head(k, m, H)
-        stacked[m] = jnp.concatenate([keys, head(q, m, H)])
-        products[m] = dot(stacked[m], keys, NT)
+    step.fill_mask(run_refs)
     negated, p = [], []  # both with -beta, which only P has to take back
-    for h in heads:
-        pairs = decays(columns, rows, mask, h) * row(rows, BETA, h)
-        of_keys, of_queries = products[blocks.key_of(h)][:C], products[blocks.key_of(h)][C:]
-        negated.append(of_keys * pairs)
-        p.append((of_queries * pairs).astype(dtype))
-    exact = dtype == jnp.float32
-    x = [x.astype(dtype) for x in unit_lower_inverses(negated, scratch, exact)]
+    for h, products in enumerate(step.products()):
+        pairs = step.decays(h) * step.row(BETA, h)
+        negated.append(products[:C] * pairs)
+        p.append((products[C:] * pairs).astype(dtype))
+    x = unit_lower_inverses(negated, scratch, exact=dtype == jnp.float32)
+    x = [a.astype(dtype) for a in x]
     r, from_state = [], []
-    for h in heads:
+    for h in step.heads:
         s = state[h].astype(dtype)
         if residuals:
             residuals[0][0, 0, h], residuals[1][0, 0, h] = x[h], s
-        a = column(columns, COLUMN_READ, h)
-        read = dot(stacked[blocks.key_of(h)], s)
-        r.append((head(v, h, E).astype(jnp.float32) - a * read[:C]).astype(dtype))
+        a, read = step.column(COLUMN_READ, h), dot(step.keys_and_queries(h), s)
+        values = head(v, h, blocks.value_dim).astype(jnp.float32)
+        r.append((values - a * read[:C]).astype(dtype))
         from_state.append(a * read[C:])
-    u = [dot(x[h], r[h]).astype(dtype) for h in heads]
-    for h in heads:
-        o[0, :, h * E : (h + 1) * E] = (scale * (from_state[h] - dot(p[h], u[h]))).astype(dtype)
-    for h in heads:
-        keys_t = head(k, blocks.key_of(h), H).T.astype(jnp.float32) * row(rows, WRITE, h)
-        keep = row(rows, KEEP, h)[:, :1]
+    u = [dot(x[h], r[h]).astype(dtype) for h in step.heads]
+    for h in step.heads:
+        store_head(o, h, scale * (from_state[h] - dot(p[h], u[h])))
+    for h in step.heads:
+        keys_t = step.keys(h).T.astype(jnp.float32) * step.row(WRITE, h)
+        keep = step.row(KEEP, h)[:, :1]
         state[h] = keep * state[h] + dot(keys_t.astype(dtype), u[h])
 
     @pl.when(pl.program_id(2) == blocks.chunks - 1)

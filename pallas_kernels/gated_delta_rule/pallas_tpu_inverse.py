@@ -23,9 +23,9 @@ SUBLANES = 8
 
 
 def unit_lower_inverses(n: list, scratch, exact: bool) -> list:
-    """Invert I - tril(n, -1) of every head [C, C] fp32.
+    """Invert I - tril(n, -1) of every head [C, C] fp32; n is 0 above the diagonal.
 
-    n is 0 above the diagonal and anything on it. `scratch` is [FIRST * 8, C] fp32. Products have fp32 operands if `exact`, else sums of two bf16.
+    Products have fp32 operands if `exact`, else sums of two bf16.
     """
     size = n[0].shape[-1]
     x = _substitute([_pack_diagonal(a) for a in n], scratch)
