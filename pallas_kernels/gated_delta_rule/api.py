@@ -24,6 +24,7 @@ from pallas_kernels.gated_delta_rule import (
     mosaic_gpu_backward,
     mosaic_gpu_step,
     pallas_tpu,
+    pallas_tpu_step,
     reference,
     step,
     xla,
@@ -94,10 +95,20 @@ STEPS = {
         apply=mosaic_gpu_step.apply,
         platforms=("cuda",),
     ),
+    "pallas_tpu": dispatch.Implementation(
+        check=pallas_tpu_step.check,
+        check_device=pallas_tpu_step.check_device,
+        apply=pallas_tpu_step.apply,
+        platforms=("tpu",),
+    ),
     "reference": dispatch.Implementation(check=reference.check, apply=reference.apply_step),
     "xla": dispatch.Implementation(check=step.check, apply=step.apply),
 }
-STEP_TABLE = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
+STEP_TABLE = {
+    "cuda": ("mosaic_gpu", "xla"),
+    "tpu": ("pallas_tpu", "xla"),
+    "default": ("xla",),
+}
 
 
 def gated_delta_rule(
