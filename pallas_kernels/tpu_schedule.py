@@ -29,10 +29,22 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-__all__ = ["CHIPS", "KernelSchedule", "libtpu_version", "static_schedule", "unavailable"]
+__all__ = [
+    "CHIPS",
+    "MULTIPLY_ADDS",
+    "Case",
+    "KernelSchedule",
+    "libtpu_version",
+    "static_schedule",
+    "unavailable",
+]
 
 # The smallest slice of each chip that the compiler takes; kernels are compiled for one device.
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+# Multiply-adds of a core's matrix units in a cycle, bf16: four of 128 x 128, or two of 256 x 256
+# that take two rows a cycle.
+MULTIPLY_ADDS = {"v5e": 1 << 16, "v5p": 1 << 16, "v6e": 1 << 18, "tpu7x": 1 << 18}
 
 _ENVIRONMENT = {  # the TPU_* describe a host for its start-up checks; the last allows two processes
     "TPU_SKIP_MDS_QUERY": "1",
@@ -71,6 +83,44 @@ class KernelSchedule:
     def spills(self) -> int:
         """Stores of registers that did not fit."""
         return self.slots["VSTORE:SPILL"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kernel to be scheduled, and what one of its grid steps does.
+
+    `cycles` of a row are those of one `unit` of work, of which a grid step does `work`;
+    `multiply_adds`, of one unit too, give the cycles that the matrix unit alone would take.
+    """
+
+    name: str
+    kernel: str
+    function: Callable
+    arguments: tuple
+    unit: str
+    work: float
+    multiply_adds: float
+    facts: dict
+
+    def schedule(self, chip: str) -> "KernelSchedule":
+        return static_schedule(self.function, *self.arguments, chip=chip)[self.kernel]
+
+    def row(self, chip: str) -> dict:
+        """Compile and report: cycles and floor of a unit of work, use of the chip's units, VMEM."""
+        kernel = self.schedule(chip)
+        return {
+            "op": self.name,
+            "chip": chip,
+            "kernel": self.kernel,
+            **self.facts,
+            "unit": self.unit,
+            "cycles": round(kernel.cycles / self.work, 3),
+            "mxu_floor_cycles": round(self.multiply_adds / MULTIPLY_ADDS[chip], 3),
+            "cycles_of_a_grid_step": kernel.cycles,
+            "utilisation": {unit: round(x, 3) for unit, x in kernel.utilisation.items()},
+            "spill_stores": kernel.spills,
+            "vmem_bytes": kernel.vmem_bytes,
+        }
 
 
 def unavailable() -> str | None:

@@ -12,7 +12,7 @@ a chunk, and S and X from the forward:
 
 Gradients of the gates are sums over rows and columns of what is at hand, finished outside:
 
-    i0 = rowsum(Q * dQ + K * (dK1 + Y K))    i1 = colsum(e)     i2 = rowsum(U * K dS+)
+    i0 = rowsum(e b) + rowsum(Q * dQ1 + K * dK1)     i1 = colsum(e)     i2 = rowsum(U * K dS+)
     dbeta = i1 + z i2         dc = i0 - b i1 - z b i2         dc_C += sum(z b i2) + y <S, dS+>
 
     B batch   T tokens   K key heads   R value heads   J blocks of N value heads   Z chunks
@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.gated_delta_rule.pallas_tpu_blocks import (
     BETA,
@@ -96,11 +95,9 @@ def backward_kernel(blocks: Blocks, scale: float, q, k, v, gates: Gates, x, stat
         ],
         out_shape=out_shapes,
         scratch_shapes=blocks.scratch(),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
-        ),
+        compiler_params=blocks.compiler_params(q.dtype),
         cost_estimate=pl.CostEstimate(
-            flops=2 * B * Z * C * blocks.value_heads * (6 * C * H + 5 * C * E + 6 * H * E),
+            flops=2 * B * Z * C * blocks.value_heads * (6 * C * H + 5 * C * E + 7 * H * E),
             transcendentals=B * Z * C * blocks.value_heads * C,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*operands, *out_shapes)),
         ),
@@ -130,9 +127,12 @@ def _kernel(blocks: Blocks, scale: float, runs: int, q, k, v, do, columns, rows,
     for h in step.heads:
         sums[0, 0, 0, WRITTEN, h : h + 1, :] = _row_sums(written[h], dtype)
         store_head(dv, h, dr[h])
-    dpairs = _pair_gradients(step, scale, pairs, do, u, dr, sums)
+    dpairs, weighted = _pair_gradients(step, scale, pairs, do, u, dr, sums)
     f = _to_state(step, scale, do, dr)
-    _key_gradients(step, f, s, ds, u, dpairs, (dq, dk, sums))
+    read = _key_gradients(step, f, s, ds, u, dpairs, dq, dk)
+    for h in step.heads:
+        of_rows = _row_sums(weighted[h], dtype) + _row_sums(read[h], dtype)
+        sums[0, 0, 0, READ, h : h + 1, :] = of_rows
     for h in step.heads:
         keep = step.row(KEEP, h)[:, :1]
         dstate[h] = keep * dstate[h] + dot(step.keys_and_queries(h), f[h], TN)
@@ -168,7 +168,7 @@ def _values(step: Step, v, x, s: list) -> list:
     for h in step.heads:
         read = step.column(COLUMN_READ, h) * dot(step.keys(h), s[h])
         r.append((head(v, h, step.blocks.value_dim).astype(jnp.float32) - read).astype(v.dtype))
-    return [dot(x[0, 0, h], r[h]) for h in step.heads]
+    return [dot(x[0, 0, h], r[h]).astype(v.dtype) for h in step.heads]
 
 
 def _value_gradients(step: Step, pairs: list[_Pairs], do, u: list, ds: list) -> tuple[list, list]:
@@ -178,24 +178,25 @@ def _value_gradients(step: Step, pairs: list[_Pairs], do, u: list, ds: list) -> 
         of_state = dot(step.keys(h), ds[h])
         of_output = dot(pairs[h].p, head(do, h, step.blocks.value_dim), TN)
         du.append(of_output + step.column(COLUMN_WRITE, h) * of_state)
-        written.append(u[h] * of_state)
+        written.append(u[h].astype(jnp.float32) * of_state)
     return du, written
 
 
-def _pair_gradients(step: Step, scale: float, pairs: list[_Pairs], do, u, dr, sums) -> list:
-    """[Y; W] [2C, C]; i1 on the way."""
-    dpairs, C, dtype = [], step.blocks.chunk, do.dtype
+def _pair_gradients(step: Step, scale: float, pairs: list[_Pairs], do, u, dr, sums) -> tuple:
+    """[Y; W] [2C, C], and e b; i1 on the way."""
+    dpairs, weighted, C, dtype = [], [], step.blocks.chunk, do.dtype
     for h in step.heads:
         both = jnp.concatenate([dr[h].astype(dtype), head(do, h, step.blocks.value_dim)])
-        both = dot(both, u[h].astype(dtype), NT)
+        both = dot(both, u[h], NT)
         of_r, of_o = both[:C], both[C:]
         e = scale * (of_o * pairs[h].of_queries) - of_r * pairs[h].of_keys
         sums[0, 0, 0, COLUMN, h : h + 1, :] = jnp.sum(e, 0, keepdims=True)
         beta = step.row(BETA, h)  # negative
+        weighted.append(e * -beta)
         y = jnp.where(_below(C), of_r * pairs[h].decay, 0.0) * beta
         w = of_o * pairs[h].decay * (-scale * beta)
         dpairs.append(jnp.concatenate([y, w]).astype(dtype))
-    return dpairs
+    return dpairs, weighted
 
 
 def _to_state(step: Step, scale: float, do, dr: list) -> list:
@@ -208,16 +209,16 @@ def _to_state(step: Step, scale: float, do, dr: list) -> list:
     return f
 
 
-def _key_gradients(step: Step, f, s, ds, u, dpairs, outputs) -> None:
-    """dQ and dK, added over the value heads of a key head; i0 on the way."""
-    dq, dk, sums = outputs
+def _key_gradients(step: Step, f, s, ds, u, dpairs, dq, dk) -> list:
+    """Store dQ and dK, added over the value heads of a key head; return Q * dQ1 + K * dK1."""
     C, dtype = step.blocks.chunk, dq.dtype
     totals, read = {}, []
     for h in step.heads:
-        both = dot(f[h], s[h], NT) + dot(dpairs[h], step.keys(h))  # of keys, of queries
-        product = step.keys_and_queries(h).astype(jnp.float32) * both
+        of_state = dot(f[h], s[h], NT)
+        product = step.keys_and_queries(h).astype(jnp.float32) * of_state
         read.append(product[:C] + product[C:])
-        writes = (step.column(COLUMN_WRITE, h) * u[h]).astype(dtype)
+        both = of_state + dot(dpairs[h], step.keys(h))  # of keys, of queries
+        writes = (step.column(COLUMN_WRITE, h) * u[h].astype(jnp.float32)).astype(dtype)
         of_keys = both[:C] + dot(writes, ds[h], NT)
         of_keys = of_keys + dot(dpairs[h], step.keys_and_queries(h), TN)
         totals.setdefault(step.blocks.key_of(h), []).append((of_keys, both[C:]))
@@ -225,8 +226,7 @@ def _key_gradients(step: Step, f, s, ds, u, dpairs, outputs) -> None:
         of_keys, of_queries = (functools.reduce(operator.add, x) for x in zip(*parts, strict=True))
         store_head(dk, m, of_keys)
         store_head(dq, m, of_queries)
-    for h in step.heads:
-        sums[0, 0, 0, READ, h : h + 1, :] = _row_sums(read[h], dtype)
+    return read
 
 
 def _below(size: int):

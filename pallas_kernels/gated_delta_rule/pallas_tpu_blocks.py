@@ -108,6 +108,13 @@ class Blocks:
         shape = (1, 1, self.heads, *tile)
         return pl.BlockSpec(shape, lambda b, j, n: (self._chunk(n), b, j, 0, 0))
 
+    def compiler_params(self, dtype) -> pltpu.CompilerParams:
+        """Cores share rows and heads; chunks follow each other. fp32 blocks need more VMEM."""
+        return pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=32 << 20 if dtype == jnp.float32 else None,
+        )
+
     def scratch(self) -> list:
         """The state, or its gradient, and the mask of pairs."""
         return [

@@ -17,7 +17,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.gated_delta_rule.pallas_tpu_blocks import (
     BETA,
@@ -68,9 +67,7 @@ def forward_kernel(blocks: Blocks, scale: float, residuals: bool, q, k, v, gates
         out_specs=out_specs,
         out_shape=out_shapes,
         scratch_shapes=[*blocks.scratch(), inverse_scratch(C)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
-        ),
+        compiler_params=blocks.compiler_params(q.dtype),
         cost_estimate=pl.CostEstimate(
             flops=2 * B * Z * C * R * (2 * C * H + 2 * C * E + 3 * H * E),
             transcendentals=B * Z * C * R * C,
