@@ -109,7 +109,7 @@ def test_inverse(size, exact, capsys):
         )(n.astype(np.float32))
     want = np.linalg.inv(np.eye(size) - np.tril(n, -1))
     for h, keys in enumerate(("random", "correlated", "repeated")):
-        assert_close(f"inverse, {keys} keys", want[h], got[h], 1e-6 if exact else 1e-5)
+        assert_close(f"inverse, {keys} keys", want[h], got[h], 1e-6 if exact else 3e-5)
 
 
 @pytest.mark.parametrize(("heads", "dims"), [((3, 9), (64, 128)), ((11, 11), (128, 64))])
@@ -120,17 +120,20 @@ def test_step(heads, dims, capsys):
     q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
     g, beta = -rng.exponential(0.2, (2, R)), rng.uniform(0, 1, (2, R))
     inputs = [x.astype(np.float32) for x in (q, k, v, g, beta, state)]
+
+    def run(implementation, inputs):
+        outputs, vjp = jax.vjp(
+            functools.partial(gated_delta_step, implementation=implementation), *inputs
+        )
+        return (*outputs, *vjp(outputs))
+
     with jax.enable_x64(True):
-        exact = [x.astype(np.float64) for x in inputs]
-        want = gated_delta_step(*exact, implementation="reference")
-        want_grads = jax.grad(_loss(gated_delta_step, "reference"), range(6))(*exact)
+        want = run("reference", [x.astype(np.float64) for x in inputs])
     with interpreted(capsys):
-        got = gated_delta_step(*inputs, implementation="pallas_tpu")
-        grads = jax.grad(_loss(gated_delta_step, "pallas_tpu"), range(6))(*inputs)
-    for name, a, b in zip(("o", "state"), want, got, strict=True):
+        got = jax.jit(run, static_argnums=0)("pallas_tpu", inputs)
+    names = ("o", "state", "d_q", "d_k", "d_v", "d_g", "d_beta", "d_state")
+    for name, a, b in zip(names, want, got, strict=True):
         assert_close(name, a, b, 1e-6)
-    for name, a, b in zip(("q", "k", "v", "g", "beta", "state"), want_grads, grads, strict=True):
-        assert_close(f"d_{name}", a, b, 1e-6)
 
 
 def _loss(op, implementation, **keywords):
@@ -187,7 +190,7 @@ def test_chosen_on_tpu(kind, kernels, chunk, monkeypatch):
     monkeypatch.setattr(
         api.dispatch, "resolve", lambda *a: seen.append(a[-1].config.chunk) or resolve(*a)
     )
-    device = None if kind is None else AbstractDevice(kind, 1)
+    device = None if kind is None else AbstractDevice(kind, 1, "tpu")
     mesh = AbstractMesh((1,), ("data",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         lowered = jax.jit(gated_delta_rule).trace(*_inputs()).lower(lowering_platforms=("tpu",))
@@ -201,7 +204,7 @@ def test_declines_what_the_kernels_do_not_take():
         (_inputs((32, 64)), 64, r"needs key and value dims in \(64, 128\), got \(32, 64\)"),
         (_inputs(), 32, r"needs chunks of one of \(64, 128\), got 32"),
         (_inputs(heads=(9, 9)), 64, None),
-        (_inputs(heads=(3, 9)), 64, "needs blocks of heads with a multiple of 128 lanes"),
+        (_inputs(heads=(2, 10)), 64, "needs blocks of heads with a multiple of 128 lanes"),
     ):
         run = functools.partial(
             gated_delta_rule, config=GatedDeltaConfig(chunk=chunk), implementation="pallas_tpu"
@@ -222,7 +225,7 @@ def test_blocks_cover_all_heads(dims):
         for group in range(1, 9):
             heads = keys * group
             if (found := pallas_tpu_blocks.head_blocks(keys, heads, dims)) is None:
-                assert 64 in dims and group % 2  # no even number of key heads beside 8 others
+                assert 64 in dims and group > 4
                 continue
             n, m = found
             assert n <= 8 and (n % group == 0 or group % n == 0) and m == max(1, n // group)
