@@ -4,7 +4,7 @@ A block is one chunk of several heads, side by side in the lanes of [B, T, heads
 transposed in HBM, and a head is a slice of lanes.
 
 Gates come as columns, to scale rows, and as rows, to scale columns, with c = cumulative g inside
-the chunk (in units of ln 2, for exp2) and masks of documents as in the README:
+the chunk and masks of documents as in the README:
 
     DECAY c     BETA -beta     READ a = exp(c_i)     WRITE z beta = beta_i exp(c_C - c_i)
     KEEP  y = exp(c_C), along the whole row
@@ -18,14 +18,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 MAX_HEADS = 8  # of a block; they run in step, and are the sublanes of a register
 LANES = 128
-LOG2E = float(np.log2(np.e))
 
 DECAY, BETA, WRITE, KEEP = range(4)  # rows
 COLUMNS = COLUMN_DECAY, COLUMN_READ, COLUMN_WRITE = range(3)
@@ -171,7 +169,7 @@ def gates(blocks: Blocks, g: Array, beta: Array, runs: Array | None) -> Gates:
         x = jnp.pad(x, ((0, 0), (0, Z * C - x.shape[1]), (0, J * N - x.shape[2])))
         return x.reshape(B, Z, C, J, N).transpose(0, 3, 1, 4, 2)
 
-    c, beta = jnp.cumsum(LOG2E * chunks(g), -1), chunks(beta)
+    c, beta = jnp.cumsum(chunks(g), -1), chunks(beta)
     end = c[..., -1:]
     read, write, keep = c, end - c, end
     run_operands = ()
@@ -186,9 +184,9 @@ def gates(blocks: Blocks, g: Array, beta: Array, runs: Array | None) -> Gates:
         read, write = inside(run == before, read), inside(run == last, write)
         keep = inside(last == before, keep)
         run_operands = run.reshape(B, Z * C, 1), run[:, :, None]
-    z = jnp.exp2(write)
-    rows = jnp.stack([c, -beta, z * beta, jnp.broadcast_to(jnp.exp2(keep), c.shape)], 3)
-    columns = jnp.concatenate([c, jnp.exp2(read), z * beta], 3).swapaxes(3, 4)
+    z = jnp.exp(write)
+    rows = jnp.stack([c, -beta, z * beta, jnp.broadcast_to(jnp.exp(keep), c.shape)], 3)
+    columns = jnp.concatenate([c, jnp.exp(read), z * beta], 3).swapaxes(3, 4)
     return Gates(columns.reshape(B, J, Z * C, -1), rows, run_operands, z)
 
 

@@ -102,7 +102,7 @@ class Step:
     def decays(self, h: int):
         """D = exp(c_i - c_j) [C, C], masked before exp: no exponent is above 0."""
         exponent = self.column(COLUMN_DECAY, h) - self.row(DECAY, h)
-        return jnp.exp2(exponent + self.mask[...])
+        return jnp.exp(exponent + self.mask[...])
 
 
 def head(ref, h: int, dim: int):
