@@ -92,17 +92,20 @@ def _kernel(blocks: Blocks, scale: float, runs: int, q, k, v, columns, rows, *re
         pairs = step.decays(h) * step.row(BETA, h)
         negated.append(products[:C] * pairs)
         p.append((products[C:] * pairs).astype(dtype))
-    x = unit_lower_inverses(negated, scratch, exact=dtype == jnp.float32)
-    x = [a.astype(dtype) for a in x]
-    r, from_state = [], []
+    r, from_state = [], []  # before the inverse: their products run beside its first blocks
     for h in step.heads:
         s = state[h].astype(dtype)
-        if residuals:
-            residuals[0][0, 0, h], residuals[1][0, 0, h] = x[h], s
         a, read = step.column(COLUMN_READ, h), dot(step.keys_and_queries(h), s)
         values = head(v, h, blocks.value_dim).astype(jnp.float32)
         r.append((values - a * read[:C]).astype(dtype))
         from_state.append(a * read[C:])
+        if residuals:
+            residuals[1][0, 0, h] = s
+    x = unit_lower_inverses(negated, scratch, exact=dtype == jnp.float32)
+    x = [a.astype(dtype) for a in x]
+    if residuals:
+        for h in step.heads:
+            residuals[0][0, 0, h] = x[h]
     u = [dot(x[h], r[h]).astype(dtype) for h in step.heads]
     for h in step.heads:
         store_head(o, h, scale * (from_state[h] - dot(p[h], u[h])))
