@@ -131,8 +131,10 @@ def _kernel(blocks: Blocks, scale: float, runs: int, q, k, v, do, columns, rows,
     f = _to_state(step, scale, do, dr)
     read = _key_gradients(step, f, s, ds, u, dpairs, dq, dk)
     for h in step.heads:
-        of_rows = _row_sums(weighted[h], dtype) + _row_sums(read[h], dtype)
-        sums[0, 0, 0, READ, h : h + 1, :] = of_rows
+        tiles = [weighted[h], read[h]]
+        if blocks.chunk == blocks.key_dim:
+            tiles = [weighted[h] + read[h]]
+        sums[0, 0, 0, READ, h : h + 1, :] = sum(_row_sums(tile, dtype) for tile in tiles)
     for h in step.heads:
         keep = step.row(KEEP, h)[:, :1]
         dstate[h] = keep * dstate[h] + dot(step.keys_and_queries(h), f[h], TN)
