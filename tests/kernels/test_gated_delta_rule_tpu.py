@@ -28,8 +28,10 @@ SPECS = {
     "documents": GatedDeltaArgs(
         shape=(1, 150, 1, 1, 64, 128), documents=DOCUMENTS, initial_state=True, chunk=128
     ),
-    # Two blocks of heads, the last not full, of two key heads each; chunks of 64.
-    "grouped": GatedDeltaArgs(shape=(1, 70, 5, 10, 64, 64), initial_state=True, chunk=64),
+    # Blocks of 4 heads and 2 key heads, the last one not full.
+    "grouped": GatedDeltaArgs(shape=(1, 70, 3, 6, 64, 64), initial_state=True, chunk=64),
+    # Blocks of 2 heads that share one key head.
+    "shared": GatedDeltaArgs(shape=(1, 20, 1, 4, 64, 64), chunk=64),
     "repeated": GatedDeltaArgs(
         shape=(1, 128, 1, 1, 128, 64),
         keys="repeated",
@@ -48,6 +50,7 @@ SPECS = {
         chunk=64,
     ),
 }
+MAX_HEADS = {"grouped": 4, "shared": 2}
 SUITE = op_suite.Op(
     call=call,
     specs=SPECS,
@@ -63,13 +66,15 @@ SUITE = op_suite.Op(
     [
         ("documents", "bfloat16"),
         ("grouped", "float32"),
+        ("shared", "bfloat16"),
         ("repeated", "float32"),
         ("repeated", "bfloat16"),
         ("correlated", "bfloat16"),
         ("gates", "float32"),
     ],
 )
-def test_outputs_and_gradients(spec, dtype, capsys):
+def test_outputs_and_gradients(spec, dtype, capsys, monkeypatch):
+    monkeypatch.setattr(pallas_tpu_blocks, "MAX_HEADS", MAX_HEADS.get(spec, 8))
     with interpreted(capsys):
         op_suite.check(SUITE, spec, "pallas_tpu", dtype)
 
