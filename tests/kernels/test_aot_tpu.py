@@ -18,11 +18,11 @@ CASES = {case.name: case for case in static.CASES}
 # schedules of libtpu 0.0.48 and 0.0.50, whichever is longer, and 3 %. All kernels for all chips,
 # other shapes of them for one.
 CEILINGS = {
-    "gdn_fwd": {"v5e": 5.2, "v5p": 5.3, "v6e": 4.8, "tpu7x": 4.9},
-    "gdn_bwd": {"v5e": 6.7, "v5p": 7.0, "v6e": 6.0, "tpu7x": 6.1},
+    "gdn_fwd": {"v5e": 4.7, "v5p": 4.85, "v6e": 4.5, "tpu7x": 4.65},
+    "gdn_bwd": {"v5e": 6.3, "v5p": 6.55, "v6e": 5.3, "tpu7x": 5.4},
     "gdn_step": {"v5e": 110, "v5p": 119, "v6e": 91, "tpu7x": 94},
-    "gdn_fwd_documents": {"v5e": 5.2},
-    "gdn_bwd_documents": {"v6e": 6.0},
+    "gdn_fwd_documents": {"v5e": 4.7},
+    "gdn_bwd_documents": {"v6e": 5.4},
     "gdn_fwd_d64": {"v5e": 5.4},
     "gdn_bwd_d64": {"v6e": 8.0},
     "gdn_fwd_c64": {"v6e": 8.0},
