@@ -24,9 +24,11 @@ test: setup-dev  ## every test that this machine can run
 	$(PY) -m pytest --numprocesses=2 --dist=loadfile
 
 # jax 0.11, which the Hopper kernels need, needs Python 3.12: an environment of its own, newest jax.
+# libtpu in it compiles for TPUs; none is needed.
 NEWEST := .venv-newest
-test-newest: $(NEWEST)/.installed  ## kernels in the interpreter of the newest jax, and for an H100
-	JAX_PLATFORMS=cpu $(NEWEST)/bin/python -m pytest tests/kernels/test_dispatch.py tests/kernels/*mosaic*
+test-newest: $(NEWEST)/.installed  ## kernels in the interpreter of the newest jax, for an H100, for TPUs
+	JAX_PLATFORMS=cpu $(NEWEST)/bin/python -m pytest tests/kernels/test_dispatch.py \
+		tests/kernels/*mosaic* tests/kernels/test_aot_tpu.py
 
 lint: setup-dev
 	$(PY) -m ruff check .
@@ -49,7 +51,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(NEWEST)/.installed: setup.cfg
 	$(PYTHON_NEWEST) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --upgrade jax jaxtyping pytest pytest-timeout
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade 'jax[tpu]' jaxtyping pytest pytest-timeout
 	touch $@
 
 clean:

@@ -21,7 +21,7 @@ import jax
 from pallas_kernels.gated_delta_rule import bench as gated_delta_rule
 from pallas_kernels.timing import Clock
 
-__all__ = ["main"]
+__all__ = ["git", "main", "versions", "write"]
 
 OPS = {"gated_delta_rule": gated_delta_rule}
 PACKAGES = (
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> dict:
     for row in op.rows(options, clock):
         found.append({"op": args.op} | row | {"at_s": round(args.limit - clock.left(), 1)})
         report["summary"] = op.summary(found)
-        _write(args.out, report)
+        write(args.out, report)
         print(_line(found[-1]), flush=True)
     print(json.dumps(report["summary"], indent=1))
     return report
@@ -79,18 +79,12 @@ def _shapes(text: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _meta(arguments: list[str], seed: int) -> dict:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     devices = jax.devices()
     command = ["python", "-m", "pallas_kernels.bench", *arguments]
     return {
         "command": " ".join(command),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "versions": versions,
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "versions": versions(PACKAGES),
         "device": f"{len(devices)} x {devices[0].device_kind}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seeds": {"inputs": seed},
@@ -100,7 +94,19 @@ def _meta(arguments: list[str], seed: int) -> dict:
     }
 
 
-def _git(*words: str) -> str:
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Versions of those that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git(*words: str) -> str:
+    """Output of a git command, "unknown" where there is none."""
     try:
         return subprocess.run(
             ["git", *words], capture_output=True, text=True, check=True
@@ -109,7 +115,7 @@ def _git(*words: str) -> str:
         return "unknown"
 
 
-def _write(path: Path, report: dict) -> None:
+def write(path: Path, report: dict) -> None:
     """Whole or not at all: a run that is cut leaves the rows before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")

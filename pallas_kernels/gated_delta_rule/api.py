@@ -23,6 +23,8 @@ from pallas_kernels.gated_delta_rule import (
     mosaic_gpu,
     mosaic_gpu_backward,
     mosaic_gpu_step,
+    pallas_tpu,
+    pallas_tpu_step,
     reference,
     step,
     xla,
@@ -34,12 +36,15 @@ __all__ = ["GatedDeltaConfig", "GatedDeltaParams", "gated_delta_rule", "gated_de
 
 @dataclasses.dataclass(frozen=True)
 class GatedDeltaConfig:
-    """How the sequence is cut; results do not depend on it beyond rounding."""
+    """How the sequence is cut; results do not depend on it beyond rounding.
 
-    chunk: int = 64
+    chunk: rows of a chunk; None is 128 where the mesh in use is of TPUs, else 64.
+    """
+
+    chunk: int | None = None
 
     def __post_init__(self):
-        if self.chunk < 1 or self.chunk & (self.chunk - 1):
+        if self.chunk is not None and (self.chunk < 1 or self.chunk & (self.chunk - 1)):
             raise ValueError(f"config.chunk: expected a power of two, got {self.chunk}")
 
 
@@ -47,6 +52,7 @@ class GatedDeltaConfig:
 class GatedDeltaParams:
     """Static facts of one call, handed to every implementation; also what `check` judges.
 
+    The chunk of `config` is a number here, the same for every implementation of one call.
     Without `residuals` what `forward` returns beyond the outputs is dropped, whatever it is.
     """
 
@@ -66,10 +72,21 @@ IMPLEMENTATIONS = {
         backward=mosaic_gpu_backward.backward,
         platforms=("cuda",),
     ),
+    "pallas_tpu": dispatch.Implementation(
+        check=pallas_tpu.check,
+        check_device=pallas_tpu.check_device,
+        forward=pallas_tpu.forward,
+        backward=pallas_tpu.backward,
+        platforms=("tpu",),
+    ),
     "reference": dispatch.Implementation(check=reference.check, apply=reference.apply),
     "xla": dispatch.Implementation(check=xla.check, forward=xla.forward, backward=xla.backward),
 }
-TABLE = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
+TABLE = {
+    "cuda": ("mosaic_gpu", "xla"),
+    "tpu": ("pallas_tpu", "xla"),
+    "default": ("xla",),
+}
 
 STEPS = {
     "mosaic_gpu": dispatch.Implementation(
@@ -78,10 +95,20 @@ STEPS = {
         apply=mosaic_gpu_step.apply,
         platforms=("cuda",),
     ),
+    "pallas_tpu": dispatch.Implementation(
+        check=pallas_tpu_step.check,
+        check_device=pallas_tpu_step.check_device,
+        apply=pallas_tpu_step.apply,
+        platforms=("tpu",),
+    ),
     "reference": dispatch.Implementation(check=reference.check, apply=reference.apply_step),
     "xla": dispatch.Implementation(check=step.check, apply=step.apply),
 }
-STEP_TABLE = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
+STEP_TABLE = {
+    "cuda": ("mosaic_gpu", "xla"),
+    "tpu": ("pallas_tpu", "xla"),
+    "default": ("xla",),
+}
 
 
 def gated_delta_rule(
@@ -182,8 +209,10 @@ def _gated_delta_rule(choice, params, q, k, v, g, beta, runs, initial_state):
 
 
 def _gated_delta_rule_fwd(choice, params, *operands):
-    # Residual layout, the same for every implementation: the operands, T = (I + A)^-1
-    # [Z, B, R, C, C] and the state at the start of each chunk [Z, B, R, H, E], both in q's dtype.
+    # Residual layout, the same for every implementation: the operands, an inverse [Z, B, R, C, C]
+    # and the state at the start of each chunk [Z, B, R, H, E], both in q's dtype. The inverse is
+    # (I + A)^-1; only the backward of the same implementation reads it, and `pallas_tpu` has beta
+    # on the other side of it.
     params = dataclasses.replace(params, residuals=True)
     o, state, t_inv, states = _forward(choice, params, *operands)
     t_inv = checkpoint_name(t_inv, "gdn_t_inv")
@@ -203,9 +232,13 @@ _gated_delta_rule.defvjp(_gated_delta_rule_fwd, _gated_delta_rule_bwd)
 
 
 def _params(q, v, scale, config) -> GatedDeltaParams:
+    config = config or GatedDeltaConfig()
+    if config.chunk is None:
+        on_tpu = (dispatch.device_kind() or "").startswith("TPU")
+        config = GatedDeltaConfig(chunk=128 if on_tpu else 64)
     return GatedDeltaParams(
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-        config=config or GatedDeltaConfig(),
+        config=config,
         shape_q=q.shape,
         shape_v=v.shape,
         dtype=jnp.dtype(q.dtype),

@@ -75,7 +75,7 @@ def programs(name: str, dims: tuple[int, int, int, int]) -> dict[str, Callable]:
     found = {"fwd": (plain, operands), "fwdbwd": (both, (*operands, wide))}
     if api.IMPLEMENTATIONS[name].forward is not None:
         params = api.GatedDeltaParams(
-            d**-0.5, api.GatedDeltaConfig(), dims, dims, jnp.dtype(jnp.bfloat16), True
+            d**-0.5, api.GatedDeltaConfig(chunk=64), dims, dims, jnp.dtype(jnp.bfloat16), True
         )
         forward = functools.partial(api.IMPLEMENTATIONS[name].forward, params)
 

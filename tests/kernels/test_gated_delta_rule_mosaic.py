@@ -99,7 +99,9 @@ def forward(implementation, arrays):
 def params_of(arrays, residuals):
     q, v = arrays["q"], arrays["v"]
     scale = q.shape[-1] ** -0.5
-    return api.GatedDeltaParams(scale, GatedDeltaConfig(), q.shape, v.shape, q.dtype, residuals)
+    return api.GatedDeltaParams(
+        scale, GatedDeltaConfig(chunk=64), q.shape, v.shape, q.dtype, residuals
+    )
 
 
 @NEWEST

@@ -87,7 +87,12 @@ def gradients(name, dtype, of_xla=False):
     runs = None if ids is None else api.run_numbers(jnp.asarray(ids))
     operands = (*(x[n] for n in NAMES[:-1]), runs, x["initial_state"])
     params = api.GatedDeltaParams(
-        x["q"].shape[-1] ** -0.5, api.GatedDeltaConfig(), x["q"].shape, x["v"].shape, dtype, True
+        x["q"].shape[-1] ** -0.5,
+        api.GatedDeltaConfig(chunk=64),
+        x["q"].shape,
+        x["v"].shape,
+        dtype,
+        True,
     )
     t_inv, states = xla.forward(params, *operands)[2:]
     cotangents = jnp.asarray(do, dtype), jnp.asarray(dstate, jnp.float32)
@@ -160,7 +165,7 @@ def test_compiles_for_hopper(H, monkeypatch, capfd):
     monkeypatch.setattr(mosaic_gpu_gradients, "block_length", lambda *_: 4)
     B, T, K, R, Z, C = 2, 600, 2, 4, 10, 64
     params = api.GatedDeltaParams(
-        1.0, api.GatedDeltaConfig(), (B, T, K, H), (B, T, R, H), jnp.bfloat16, True
+        1.0, api.GatedDeltaConfig(chunk=64), (B, T, K, H), (B, T, R, H), jnp.bfloat16, True
     )
 
     def array(*shape, dtype=jnp.bfloat16):
