@@ -1,0 +1,42 @@
+"""Attention on TPU in Pallas kernels of our own: what they take, and how they are called.
+
+    B batch   T query tokens   S key tokens   N query heads   K key and value heads   H head dim
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import pallas_tpu_tiles as tiling
+from pallas_kernels.attention.pallas_tpu_forward import forward_kernel
+from pallas_kernels.attention.pallas_tpu_visits import pad, tiles_of
+from pallas_kernels.dispatch import decline
+
+NAME = "pallas_tpu"
+HEAD_DIMS = (64, 128)
+
+
+def check(params) -> None:
+    """Decline what the kernels are not written for."""
+    if params.dtype not in (jnp.bfloat16, jnp.float32):
+        raise decline(NAME, "takes bfloat16 or float32", params.dtype)
+    if params.shape_q[3] not in HEAD_DIMS:
+        raise decline(NAME, f"needs a head dim in {HEAD_DIMS}", params.shape_q[3])
+    if params.scale <= 0:
+        raise decline(NAME, "needs a positive scale", params.scale)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(params, q, k, v, q_ids, kv_ids, offset):
+    """Return (o [B,T,N,H], lse [B,T,N] fp32)."""
+    tiles = tiles_of(params, 1024)
+    q, k, v = _views(tiles, q, k, v)
+    o, lse = forward_kernel(params, tiles, q, k, v, q_ids, kv_ids, offset)
+    T = params.shape_q[1]
+    return tiling.unview(o, params.shape_q), lse[:, :, 0, :T].swapaxes(1, 2)
+
+
+def _views(tiles, q, k, v):
+    q = pad(tiling.view(q), tiles.rows, 1)
+    return q, *(pad(tiling.view(x), tiles.columns, 1) for x in (k, v))

@@ -1,0 +1,121 @@
+"""Forward of attention on TPU: one kernel, the logits of a block pair beside the softmax of the last.
+
+    s = k q^T    m = max s    p = exp2(c s - m)    l = sum p    o^T = v^T p      c = scale log2(e)
+
+Everything is transposed, keys in rows and queries in lanes: maxima and sums run over registers and
+not over lanes, what belongs to a query is a row that broadcasts for free, and the product with v
+fills all columns of a 256-wide matrix unit though a head has 128 dims.
+
+The compiler overlaps well only what does not depend on each other. So step g of the grid computes
+the logits of visit g into scratch while it takes those of visit g - 1 out of it, piece by piece in
+the same place, for the softmax and the product with v: the matrix unit never waits for the rest.
+
+    B batch   K key heads   G query heads of a step's key head   H head dim   P visits
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention import pallas_tpu_tiles as tiling
+from pallas_kernels.attention.pallas_tpu_tiles import NN, NT, dot, piece
+from pallas_kernels.attention.pallas_tpu_visits import FIRST, LAST, visits
+
+__all__ = ["forward_kernel"]
+
+LOWEST = -1e30  # a maximum to start from, finite: exp2(-inf - LOWEST) is 0 and not NaN
+
+
+def forward_kernel(params, tiles, q, k, v, q_ids, kv_ids, offset):
+    """Return (o as q, lse [B,N,1,T] fp32) of tokens filled up to whole blocks.
+
+    q, k and v are views of `tiling.view`.
+    """
+    table, count = visits(params, tiles, q_ids, kv_ids, offset, by_keys=False)
+    B, P = table.shape
+    call = tiling.Call(params, tiles, P, lag=1)
+    specs = [call.queries(lag=0), call.keys(lag=0), call.keys(lag=1)]
+    operands = [q, k, v]
+    if q_ids is not None:
+        specs += [call.query_ids(), call.key_ids()]
+        operands += call.ids(q_ids, kv_ids)
+    G, H, (rows, columns) = call.group, params.shape_q[3], (tiles.rows, tiles.columns)
+    padded = tiles.rows * tiles.counts[0]
+    return pl.pallas_call(
+        functools.partial(_kernel, call),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(B, params.shape_q[2] // G, P * G + 1),
+            in_specs=specs,
+            out_specs=[call.outputs(), call.output_rows()],
+            scratch_shapes=[
+                pltpu.VMEM((columns, rows), jnp.float32),  # logits
+                pltpu.VMEM((8, rows), jnp.float32),  # maxima of every 8th key
+                pltpu.VMEM((G, 1, rows), jnp.float32),  # m
+                pltpu.VMEM((G, 8, rows), jnp.float32),  # l, of every 8th key
+                pltpu.VMEM((G, H, rows), jnp.float32),  # o^T
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((B, params.shape_q[2], 1, padded), jnp.float32),
+        ],
+        compiler_params=call.compiler_params(),
+        name="attention_fwd",
+    )(table.reshape(-1), count, call.offsets(offset), *operands)
+
+
+def _kernel(call, table, count, offset, *refs):
+    tiles, segmented = call.tiles, call.params.segmented
+    q, k, v, *ids, o, lse, logits, top, m, l, acc = refs
+    step = call.step(table, count)
+    head = step.head(1)
+
+    @pl.when(step.running)
+    def _():
+        @pl.when(step.border(1))
+        def _():
+            call.mask(step.visit(1), offset[step.b], ids if segmented else None, logits, top)
+
+        state = (m.at[head], l.at[head], acc.at[head])
+        _overlapped(call, step.visit(1) & FIRST != 0, q, k, v, logits, top, *state)
+
+        @pl.when(step.finishes(1))
+        def _():
+            total = l[head].sum(0, keepdims=True)
+            seen = total > 0
+            inverse = jnp.where(seen, 1 / jnp.where(seen, total, 1), 0)
+            o[0] = (acc[head] * inverse).T.astype(o.dtype)
+            value = (m[head] + jnp.log2(jnp.where(seen, total, 1))) * math.log(2)
+            lse[0, 0] = jnp.where(seen, value, jnp.inf)
+
+
+def _overlapped(call, first, q, k, v, logits, top, m, l, acc):
+    """Take the last visit's logits through the softmax and put this one's in their place."""
+    tiles, v_t = call.tiles, v[0].T
+    across, down = piece(tiles.rows), piece(tiles.columns)
+    for i in range(0, tiles.rows, across):
+        lanes = slice(i, i + across)
+        before = jnp.where(first, LOWEST, m[:, lanes])
+        highest = top[:, lanes].max(0, keepdims=True) * call.exponent
+        highest = jnp.maximum(before, highest)
+        m[:, lanes] = highest
+        shrink = jnp.exp2(before - highest)
+        total, product, maxima = jnp.where(first, 0, l[:, lanes] * shrink), None, None
+        for j in range(0, tiles.columns, down):
+            keys = slice(j, j + down)
+            weights = jnp.exp2(logits[keys, lanes] * call.exponent - highest)
+            total += weights.reshape(-1, 8, across).sum(0)
+            new = dot(k[0, keys], q[0, lanes], NT)
+            logits[keys, lanes] = new
+            new = new.reshape(-1, 8, across).max(0)
+            maxima = new if maxima is None else jnp.maximum(maxima, new)
+            new = dot(v_t[:, keys], weights.astype(v.dtype), NN)
+            product = new if product is None else product + new
+        l[:, lanes] = total
+        top[:, lanes] = maxima
+        acc[:, lanes] = jnp.where(first, 0, acc[:, lanes] * shrink) + product

@@ -1,0 +1,221 @@
+"""What the TPU kernels of attention share: products of tiles, windows of a visit, the mask.
+
+A kernel runs over a grid (batch row, query heads in groups, step): a step takes one head of the
+group through one visit. `lag` is the visit of so many steps before.
+
+    B batch   T query tokens   S key tokens   N query heads   K key heads   G heads of a group
+    H head dim   P visits
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention.pallas_tpu_visits import BORDER, LANES, LAST, Tiles, column, pad_last, row
+
+__all__ = ["NN", "NT", "Call", "dot", "piece", "view"]
+
+NT, NN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
+VMEM = 100 * 2**20
+
+
+def dot(lhs, rhs, contract):
+    """Multiply tiles with an fp32 result; fp32 operands at full precision."""
+    precision = jax.lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        lhs, rhs, contract, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def piece(size: int) -> int:
+    """Cut a block into pieces as wide as the largest matrix unit."""
+    return 256 if size % 256 == 0 else LANES
+
+
+def view(x):
+    """[B,T,N,H] -> [B,T,N H], heads side by side in lanes, or [B N,T,H] where H is half of them."""
+    B, T, N, H = x.shape
+    if H % LANES == 0:
+        return x.reshape(B, T, N * H)
+    return x.swapaxes(1, 2).reshape(B * N, T, H)
+
+
+def unview(x, shape):
+    """Undo `view`, of a `shape` [B,T,N,H] whose tokens may have been filled up."""
+    B, T, N, H = shape
+    if H % LANES == 0:
+        return x[:, :T].reshape(B, T, N, H)
+    return x[:, :T].reshape(B, N, T, H).swapaxes(1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Where in the grid a kernel stands."""
+
+    call: "Call"
+    table: jax.Array
+    count: jax.Array
+
+    @property
+    def b(self):
+        return pl.program_id(0)
+
+    @property
+    def running(self):
+        """Whether there is a visit left; `count` differs between batch rows."""
+        return pl.program_id(2) < self.count[self.b] * self.call.group + self.call.lag
+
+    def visit(self, lag: int):
+        return self.call.place(self.table, self.count, self.b, pl.program_id(2) - lag)[1]
+
+    def head(self, lag: int):
+        return self.call.place(self.table, self.count, self.b, pl.program_id(2) - lag)[0]
+
+    def border(self, lag: int):
+        return (pl.program_id(2) >= lag) & (self.visit(lag) & BORDER != 0)
+
+    def finishes(self, lag: int):
+        return (pl.program_id(2) >= lag) & (self.visit(lag) & LAST != 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Static facts of one kernel call, and the windows that follow from them."""
+
+    params: object
+    tiles: Tiles
+    visits: int  # P
+    lag: int
+
+    @property
+    def exponent(self) -> float:
+        return self.params.scale * math.log2(math.e)
+
+    @property
+    def group(self) -> int:
+        """Query heads of one key head that share its windows: at most 8, for the accumulators."""
+        G = self.params.shape_q[2] // self.params.shape_k[2]
+        return max(g for g in range(1, 9) if G % g == 0)
+
+    def compiler_params(self):
+        semantics = ("parallel", "parallel", "arbitrary")
+        return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
+
+    def offsets(self, offset):
+        if offset is not None:
+            return offset
+        return jnp.full(self.params.shape_q[0], self.params.q_offset, jnp.int32)
+
+    def ids(self, q_ids, kv_ids):
+        """[B,1,T] and [B,1,S] of whole blocks: the one row of a window must be all of an axis."""
+        sizes = (self.tiles.rows, self.tiles.columns)
+        return [pad_last(x, n)[:, None] for x, n in zip((q_ids, kv_ids), sizes, strict=True)]
+
+    def step(self, table, count) -> Step:
+        return Step(self, table, count)
+
+    def place(self, table, count, b, step):
+        """Head in the group and visit of a step; a step too early or too late is the first or last.
+
+        Windows then stay where they are, and nothing is moved for a step that does nothing.
+        """
+        step = jnp.clip(step, 0, count[b] * self.group - 1)
+        visit = table[b * self.visits + jax.lax.div(step, self.group)]
+        return jax.lax.rem(step, self.group), visit
+
+    def _spec(self, shape, index):
+        """`index(b, group, head in it, visit)` at the given lag -> index of the window."""
+
+        def at(lag, b, h, step, table, count, _):
+            return index(b, h, *self.place(table, count, b, step - lag))
+
+        return lambda lag: pl.BlockSpec(shape, lambda *grid: at(lag, *grid))
+
+    def _tokens(self, size: int, heads: int, block, head):
+        """Window on a view: `size` tokens of one head."""
+        H = self.params.shape_q[3]
+        if H % LANES == 0:
+            return self._spec((1, size, H), lambda b, *at: (b, block(*at), head(*at)))
+        return self._spec((1, size, H), lambda b, *at: (b * heads + head(*at), block(*at), 0))
+
+    def queries(self, lag: int):
+        N = self.params.shape_q[2]
+        window = self._tokens(
+            self.tiles.rows, N, lambda h, g, visit: row(visit), lambda h, g, _: h * self.group + g
+        )
+        return window(lag)
+
+    def keys(self, lag: int):
+        K = self.params.shape_k[2]
+        window = self._tokens(
+            self.tiles.columns, K, lambda h, g, visit: column(visit), lambda h, *_: self.key_head(h)
+        )
+        return window(lag)
+
+    def key_head(self, h):
+        groups = self.params.shape_q[2] // self.params.shape_k[2] // self.group
+        return h if groups == 1 else jax.lax.div(h, groups)
+
+    def outputs(self):
+        """Where the heads of a group are written one after the other, at a query block's end."""
+        N = self.params.shape_q[2]
+        window = self._tokens(
+            self.tiles.rows, N, lambda h, g, visit: row(visit), self._finished
+        )
+        return window(self.lag)
+
+    def output_rows(self):
+        return self._spec(
+            (1, 1, 1, self.tiles.rows),
+            lambda b, h, g, visit: (b, self._finished(h, g, visit), 0, row(visit)),
+        )(self.lag)
+
+    def _finished(self, h, g, visit):
+        # Until then the window waits at the first of them: a window that moves is written.
+        return h * self.group + jnp.where(visit & LAST != 0, g, 0)
+
+    def query_ids(self):
+        return self._spec((1, 1, self.tiles.rows), lambda b, h, g, visit: (b, 0, row(visit)))(
+            self.lag
+        )
+
+    def key_ids(self):
+        return self._spec((1, 1, self.tiles.columns), lambda b, h, g, visit: (b, 0, column(visit)))(
+            self.lag
+        )
+
+    def mask(self, visit, offset, ids, logits, top):
+        """Put -inf where a query does not see a key, and find the maxima anew."""
+        tiles = self.tiles
+        start = row(visit) * tiles.rows + offset - column(visit) * tiles.columns
+        left = tiles.keys - column(visit) * tiles.columns
+        key = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
+        ahead = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1) - key
+        top[...] = jnp.full(top.shape, -jnp.inf, jnp.float32)
+
+        @pl.loop(0, tiles.columns // LANES)
+        def _(n):
+            first = pl.multiple_of(n * LANES, LANES)
+            keys = pl.ds(first, LANES)
+            if ids is not None:
+                kv_ids = jnp.broadcast_to(ids[1][0, :, keys], (LANES, LANES)).T
+            for i in range(0, tiles.rows, LANES):
+                lanes = slice(i, i + LANES)
+                distance = start + i - first  # of the tile's first query and key
+                seen = jnp.full((LANES, LANES), True)
+                if self.params.causal:
+                    seen &= ahead >= -distance
+                if self.params.window is not None:
+                    seen &= ahead < self.params.window - distance
+                if tiles.keys % tiles.columns:
+                    seen &= key < left - first
+                if ids is not None:
+                    seen &= kv_ids == ids[0][0, :, lanes]
+                masked = jnp.where(seen, logits[keys, lanes], -jnp.inf)
+                logits[keys, lanes] = masked
+                highest = masked.reshape(-1, 8, LANES).max(0)
+                top[:, lanes] = jnp.maximum(top[:, lanes], highest)
