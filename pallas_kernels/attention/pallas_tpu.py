@@ -4,11 +4,13 @@
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import pallas_tpu_tiles as tiling
+from pallas_kernels.attention.pallas_tpu_backward import backward_kernel
 from pallas_kernels.attention.pallas_tpu_forward import forward_kernel
 from pallas_kernels.attention.pallas_tpu_visits import pad, tiles_of
 from pallas_kernels.dispatch import decline
@@ -35,6 +37,33 @@ def forward(params, q, k, v, q_ids, kv_ids, offset):
     o, lse = forward_kernel(params, tiles, q, k, v, q_ids, kv_ids, offset)
     T = params.shape_q[1]
     return tiling.unview(o, params.shape_q), lse[:, :, 0, :T].swapaxes(1, 2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def backward(params, q, k, v, q_ids, kv_ids, offset, o, lse, do):
+    """Return the gradients of q, k and v, recomputing the weights from lse."""
+    tiles = tiles_of(params, 1024)
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1)
+    # Rows that fill up a block have an infinite lse, hence weights of 0.
+    lse, delta = (
+        pad(x.swapaxes(1, 2)[:, :, None], tiles.rows, 3, fill)
+        for x, fill in ((lse * math.log2(math.e), jnp.inf), (delta, 0))
+    )
+    do = pad(tiling.view(do), tiles.rows, 1)
+    dq, dk, dv = backward_kernel(
+        params, tiles, *_views(tiles, q, k, v), q_ids, kv_ids, offset, do, lse, delta
+    )
+    B, T, N, H = params.shape_q
+    dq = (params.scale * dq[..., :T]).transpose(0, 3, 1, 2).astype(q.dtype)
+    return dq, _of_key_heads(params, dk), _of_key_heads(params, dv)
+
+
+def _of_key_heads(params, x):
+    """Add the groups of a key head."""
+    B, S, K, H = params.shape_k
+    groups = x.size // (B * K * H * x.shape[1])
+    x = tiling.unview(x, (B, S, K * groups, H))
+    return x if groups == 1 else x.reshape(B, S, K, groups, H).sum(3).astype(params.dtype)
 
 
 def _views(tiles, q, k, v):

@@ -37,11 +37,11 @@ def forward_kernel(params, tiles, q, k, v, q_ids, kv_ids, offset):
     """
     table, count = visits(params, tiles, q_ids, kv_ids, offset, by_keys=False)
     B, P = table.shape
-    call = tiling.Call(params, tiles, P, lag=1)
-    specs = [call.queries(lag=0), call.keys(lag=0), call.keys(lag=1)]
+    call = tiling.Call(params, tiles, P)
+    specs = [call.queries(0), call.keys(0), call.keys(1)]
     operands = [q, k, v]
     if q_ids is not None:
-        specs += [call.query_ids(), call.key_ids()]
+        specs += [call.query_ids(1), call.key_ids(1)]
         operands += call.ids(q_ids, kv_ids)
     G, H, (rows, columns) = call.group, params.shape_q[3], (tiles.rows, tiles.columns)
     padded = tiles.rows * tiles.counts[0]
@@ -51,7 +51,7 @@ def forward_kernel(params, tiles, q, k, v, q_ids, kv_ids, offset):
             num_scalar_prefetch=3,
             grid=(B, params.shape_q[2] // G, P * G + 1),
             in_specs=specs,
-            out_specs=[call.outputs(), call.output_rows()],
+            out_specs=[call.outputs(1), call.output_rows(1)],
             scratch_shapes=[
                 pltpu.VMEM((columns, rows), jnp.float32),  # logits
                 pltpu.VMEM((8, rows), jnp.float32),  # maxima of every 8th key
@@ -70,7 +70,6 @@ def forward_kernel(params, tiles, q, k, v, q_ids, kv_ids, offset):
 
 
 def _kernel(call, table, count, offset, *refs):
-    tiles, segmented = call.tiles, call.params.segmented
     q, k, v, *ids, o, lse, logits, top, m, l, acc = refs
     step = call.step(table, count)
     head = step.head(1)
@@ -79,7 +78,7 @@ def _kernel(call, table, count, offset, *refs):
     def _():
         @pl.when(step.border(1))
         def _():
-            call.mask(step.visit(1), offset[step.b], ids if segmented else None, logits, top)
+            call.mask(step.visit(1), offset[step.b], ids, logits, top)
 
         state = (m.at[head], l.at[head], acc.at[head])
         _overlapped(call, step.visit(1) & FIRST != 0, q, k, v, logits, top, *state)

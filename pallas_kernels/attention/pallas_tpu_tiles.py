@@ -38,10 +38,13 @@ def piece(size: int) -> int:
 
 def view(x):
     """[B,T,N,H] -> [B,T,N H], heads side by side in lanes, or [B N,T,H] where H is half of them."""
-    B, T, N, H = x.shape
-    if H % LANES == 0:
-        return x.reshape(B, T, N * H)
-    return x.swapaxes(1, 2).reshape(B * N, T, H)
+    shape = view_shape(*x.shape)
+    return x.reshape(shape) if x.shape[3] % LANES == 0 else x.swapaxes(1, 2).reshape(shape)
+
+
+def view_shape(B: int, T: int, N: int, H: int) -> tuple[int, int, int]:
+    """Shape of the `view` of an array."""
+    return (B, T, N * H) if H % LANES == 0 else (B * N, T, H)
 
 
 def unview(x, shape):
@@ -67,7 +70,7 @@ class Step:
     @property
     def running(self):
         """Whether there is a visit left; `count` differs between batch rows."""
-        return pl.program_id(2) < self.count[self.b] * self.call.group + self.call.lag
+        return pl.program_id(2) < self.count[self.b] * self.call.group + 1
 
     def visit(self, lag: int):
         return self.call.place(self.table, self.count, self.b, pl.program_id(2) - lag)[1]
@@ -89,7 +92,6 @@ class Call:
     params: object
     tiles: Tiles
     visits: int  # P
-    lag: int
 
     @property
     def exponent(self) -> float:
@@ -100,6 +102,11 @@ class Call:
         """Query heads of one key head that share its windows: at most 8, for the accumulators."""
         G = self.params.shape_q[2] // self.params.shape_k[2]
         return max(g for g in range(1, 9) if G % g == 0)
+
+    @property
+    def groups(self) -> int:
+        """Groups of one key head."""
+        return self.params.shape_q[2] // self.params.shape_k[2] // self.group
 
     def compiler_params(self):
         semantics = ("parallel", "parallel", "arbitrary")
@@ -127,81 +134,90 @@ class Call:
         visit = table[b * self.visits + jax.lax.div(step, self.group)]
         return jax.lax.rem(step, self.group), visit
 
-    def _spec(self, shape, index):
-        """`index(b, group, head in it, visit)` at the given lag -> index of the window."""
+    def _spec(self, lag: int, shape, index):
+        """`index(b, group, head in it, visit)` -> index of the window."""
 
-        def at(lag, b, h, step, table, count, _):
+        def at(b, h, step, table, count, _):
             return index(b, h, *self.place(table, count, b, step - lag))
 
-        return lambda lag: pl.BlockSpec(shape, lambda *grid: at(lag, *grid))
+        return pl.BlockSpec(shape, at)
 
-    def _tokens(self, size: int, heads: int, block, head):
-        """Window on a view: `size` tokens of one head."""
+    def _tokens(self, lag: int, size: int, heads: int, block, head):
+        """Window on a view: a block of tokens of one head."""
         H = self.params.shape_q[3]
         if H % LANES == 0:
-            return self._spec((1, size, H), lambda b, *at: (b, block(*at), head(*at)))
-        return self._spec((1, size, H), lambda b, *at: (b * heads + head(*at), block(*at), 0))
+            return self._spec(lag, (1, size, H), lambda b, *at: (b, block(at[2]), head(*at)))
+        return self._spec(
+            lag, (1, size, H), lambda b, *at: (b * heads + head(*at), block(at[2]), 0)
+        )
 
     def queries(self, lag: int):
+        """Window on q, and on all that has its shape."""
         N = self.params.shape_q[2]
-        window = self._tokens(
-            self.tiles.rows, N, lambda h, g, visit: row(visit), lambda h, g, _: h * self.group + g
-        )
-        return window(lag)
+        return self._tokens(lag, self.tiles.rows, N, row, self._head)
+
+    def outputs(self, lag: int):
+        """Window on o, which moves once a block of queries is done, head after head of a group."""
+        N = self.params.shape_q[2]
+        return self._tokens(lag, self.tiles.rows, N, row, self._finished)
 
     def keys(self, lag: int):
-        K = self.params.shape_k[2]
-        window = self._tokens(
-            self.tiles.columns, K, lambda h, g, visit: column(visit), lambda h, *_: self.key_head(h)
-        )
-        return window(lag)
+        """Window on k and v."""
+        K, groups = self.params.shape_k[2], self.groups
+        key_head = lambda h, *_: h if groups == 1 else jax.lax.div(h, groups)  # noqa: E731
+        return self._tokens(lag, self.tiles.columns, K, column, key_head)
 
-    def key_head(self, h):
-        groups = self.params.shape_q[2] // self.params.shape_k[2] // self.group
-        return h if groups == 1 else jax.lax.div(h, groups)
+    def key_gradients(self, lag: int):
+        """Window on dk and dv, which have a head for every group."""
+        heads = self.params.shape_k[2] * self.groups
+        return self._tokens(lag, self.tiles.columns, heads, column, lambda h, *_: h)
 
-    def outputs(self):
-        """Where the heads of a group are written one after the other, at a query block's end."""
-        N = self.params.shape_q[2]
-        window = self._tokens(
-            self.tiles.rows, N, lambda h, g, visit: row(visit), self._finished
-        )
-        return window(self.lag)
-
-    def output_rows(self):
+    def query_rows(self, lag: int):
+        """Window on [B,N,1,T]."""
         return self._spec(
+            lag,
+            (1, 1, 1, self.tiles.rows),
+            lambda b, h, g, visit: (b, self._head(h, g, visit), 0, row(visit)),
+        )
+
+    def output_rows(self, lag: int):
+        """Window on [B,N,1,T] that moves like `outputs`."""
+        return self._spec(
+            lag,
             (1, 1, 1, self.tiles.rows),
             lambda b, h, g, visit: (b, self._finished(h, g, visit), 0, row(visit)),
-        )(self.lag)
+        )
+
+    def query_ids(self, lag: int):
+        """Window on [B,1,T]."""
+        return self._spec(lag, (1, 1, self.tiles.rows), lambda b, h, g, x: (b, 0, row(x)))
+
+    def key_ids(self, lag: int):
+        """Window on [B,1,S]."""
+        return self._spec(lag, (1, 1, self.tiles.columns), lambda b, h, g, x: (b, 0, column(x)))
+
+    def _head(self, h, g, visit):
+        return h * self.group + g
 
     def _finished(self, h, g, visit):
         # Until then the window waits at the first of them: a window that moves is written.
         return h * self.group + jnp.where(visit & LAST != 0, g, 0)
 
-    def query_ids(self):
-        return self._spec((1, 1, self.tiles.rows), lambda b, h, g, visit: (b, 0, row(visit)))(
-            self.lag
-        )
-
-    def key_ids(self):
-        return self._spec((1, 1, self.tiles.columns), lambda b, h, g, visit: (b, 0, column(visit)))(
-            self.lag
-        )
-
-    def mask(self, visit, offset, ids, logits, top):
-        """Put -inf where a query does not see a key, and find the maxima anew."""
+    def mask(self, visit, offset, ids, logits, top=None):
+        """Put -inf where a query does not see a key, and find the maxima anew into `top`."""
         tiles = self.tiles
         start = row(visit) * tiles.rows + offset - column(visit) * tiles.columns
         left = tiles.keys - column(visit) * tiles.columns
         key = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
         ahead = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1) - key
-        top[...] = jnp.full(top.shape, -jnp.inf, jnp.float32)
+        if top is not None:
+            top[...] = jnp.full(top.shape, -jnp.inf, jnp.float32)
 
         @pl.loop(0, tiles.columns // LANES)
         def _(n):
             first = pl.multiple_of(n * LANES, LANES)
             keys = pl.ds(first, LANES)
-            if ids is not None:
+            if ids:
                 kv_ids = jnp.broadcast_to(ids[1][0, :, keys], (LANES, LANES)).T
             for i in range(0, tiles.rows, LANES):
                 lanes = slice(i, i + LANES)
@@ -213,9 +229,10 @@ class Call:
                     seen &= ahead < self.params.window - distance
                 if tiles.keys % tiles.columns:
                     seen &= key < left - first
-                if ids is not None:
+                if ids:
                     seen &= kv_ids == ids[0][0, :, lanes]
                 masked = jnp.where(seen, logits[keys, lanes], -jnp.inf)
                 logits[keys, lanes] = masked
-                highest = masked.reshape(-1, 8, LANES).max(0)
-                top[:, lanes] = jnp.maximum(top[:, lanes], highest)
+                if top is not None:
+                    highest = masked.reshape(-1, 8, LANES).max(0)
+                    top[:, lanes] = jnp.maximum(top[:, lanes], highest)
