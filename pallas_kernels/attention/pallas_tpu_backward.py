@@ -74,7 +74,7 @@ def _kernel(call, table, count, offset, *refs):
     logits, dweights, dk_t, dv_t, dq_t, fetched, stored, pending, semaphores = refs[-9:]
     step = call.step(table, count)
     block = step.head(1) + call.group * pl.program_id(1), row(step.visit(1))
-    copies = _Accumulator(dq, fetched, stored, pending, semaphores, step.b)
+    copies = Accumulator(dq, fetched, stored, pending, semaphores, step.b)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -135,7 +135,7 @@ def _overlapped(call, new, old, logits, dweights, dk_t, dv_t, dq_t):
         dq_t[:, lanes] = product
 
 
-class _Accumulator:
+class Accumulator:
     """Adds blocks to dq in HBM; one copy in each direction is under way at any time."""
 
     def __init__(self, dq, fetched, stored, pending, semaphores, b):
@@ -146,9 +146,12 @@ class _Accumulator:
         self._pending[0] = -1
 
     def fetch(self, head, block):
-        # A block that is still being written must arrive first.
-        pl.when(self._pending[0] == self._number(head, block))(self._wait)
+        self.settle(head, block)
         self._read(head, block).start()
+
+    def settle(self, head, block):
+        """Wait for a block that is still being written."""
+        pl.when(self._pending[0] == self._number(head, block))(self._wait)
 
     def add(self, part, head, block):
         self._read(head, block).wait()

@@ -80,6 +80,7 @@ def visits(
     """
     i, j = _pairs(params, tiles, by_keys)
     seen, whole = _seen(params, tiles, i, j, q_ids, kv_ids, offset)
+    seen, whole = (jnp.broadcast_to(x, (params.shape_q[0], len(i))) for x in (seen, whole))
     major = j if by_keys else i
     opens = np.diff(major, prepend=-1) != 0
     some = jnp.zeros((seen.shape[0], int(major[-1]) + 1), bool).at[:, major].max(seen)
@@ -117,7 +118,7 @@ def _pairs(params, tiles: Tiles, by_keys: bool) -> tuple[np.ndarray, np.ndarray]
 
 
 def _seen(params, tiles: Tiles, i, j, q_ids, kv_ids, offset):
-    """Whether a pair sees anything, and whether it sees everything: bool [B or 1, P]."""
+    """Whether a pair sees anything, and whether it sees everything: bool [B, P], or [1, P]."""
     start = jnp.int32(params.q_offset) if offset is None else offset[:, None]
     first, last = i * tiles.rows, np.minimum((i + 1) * tiles.rows, tiles.tokens) - 1
     left, right = j * tiles.columns, np.minimum((j + 1) * tiles.columns, tiles.keys) - 1
