@@ -1,6 +1,6 @@
 """Attention on TPU in Pallas kernels of our own: what they take, and how they are called.
 
-    B batch   T query tokens   S key tokens   N query heads   K key and value heads   H head dim
+B batch   T query tokens   S key tokens   N query heads   K key and value heads   H head dim
 """
 
 import math
@@ -58,7 +58,7 @@ def backward(params, q, k, v, q_ids, kv_ids, offset, o, lse, do):
     dq, dk, dv = backward_kernel(
         params, tiles, *_views(tiles, q, k, v), q_ids, kv_ids, offset, do, lse, delta
     )
-    B, T, N, H = params.shape_q
+    T = params.shape_q[1]
     dq = (params.scale * dq[..., :T]).transpose(0, 3, 1, 2).astype(q.dtype)
     return dq, _of_key_heads(params, dk), _of_key_heads(params, dv)
 

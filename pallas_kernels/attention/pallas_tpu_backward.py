@@ -12,7 +12,6 @@ a step, by copies that run beside the products.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +42,9 @@ def backward_kernel(params, tiles, q, k, v, q_ids, kv_ids, offset, do, lse, delt
     dq = jnp.zeros((B, N, H, rows * tiles.counts[0]), jnp.float32)
     inputs.append((dq, pl.BlockSpec(memory_space=pl.ANY)))
     operands, specs = zip(*inputs, strict=True)
-    gradient = tiling.view_shape(params.shape_k[0], columns * tiles.counts[1], N // G, H)
+    shape = tiling.view_shape(B, columns * tiles.counts[1], N // G, H)
+    # Of several groups they are added up, in fp32.
+    gradient = jax.ShapeDtypeStruct(shape, k.dtype if call.groups == 1 else jnp.float32)
     return pl.pallas_call(
         functools.partial(_kernel, call),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -59,10 +60,7 @@ def backward_kernel(params, tiles, q, k, v, q_ids, kv_ids, offset, do, lse, delt
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct(dq.shape, dq.dtype),
-            *[jax.ShapeDtypeStruct(gradient, k.dtype if N // G == params.shape_k[2] else jnp.float32)] * 2,
-        ],
+        out_shape=[jax.ShapeDtypeStruct(dq.shape, dq.dtype), gradient, gradient],
         input_output_aliases={2 + len(operands): 0},
         compiler_params=call.compiler_params(),
         name="attention_bwd",

@@ -1,4 +1,4 @@
-"""Forward of attention on TPU: one kernel, the logits of a block pair beside the softmax of the last.
+"""Forward of attention on TPU: logits of one block pair beside the softmax of the last one.
 
     s = k q^T    m = max s    p = exp2(c s - m)    l = sum p    o^T = v^T p      c = scale log2(e)
 
@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import pallas_tpu_tiles as tiling
 from pallas_kernels.attention.pallas_tpu_tiles import NN, NT, dot, piece
-from pallas_kernels.attention.pallas_tpu_visits import FIRST, LAST, visits
+from pallas_kernels.attention.pallas_tpu_visits import FIRST, visits
 
 __all__ = ["forward_kernel"]
 

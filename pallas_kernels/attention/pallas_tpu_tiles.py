@@ -15,7 +15,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.pallas_tpu_visits import BORDER, LANES, LAST, Tiles, column, pad_last, row
+from pallas_kernels.attention.pallas_tpu_visits import (
+    BORDER,
+    LANES,
+    LAST,
+    Tiles,
+    column,
+    pad_last,
+    row,
+)
 
 __all__ = ["NN", "NT", "Call", "dot", "piece", "view"]
 

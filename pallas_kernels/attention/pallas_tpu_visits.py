@@ -95,9 +95,8 @@ def visits(
     first = jnp.pad(change, ((0, 0), (1, 0)), constant_values=True)
     last = jnp.pad(change, ((0, 0), (0, 1)), constant_values=True)
     last |= at == count[:, None] - 1
-    flags = sum(
-        jnp.where(x, jnp.int32(flag), 0) for x, flag in ((~whole, BORDER), (first, FIRST), (last, LAST))
-    )
+    flags = ((~whole, BORDER), (first, FIRST), (last, LAST))
+    flags = sum(jnp.where(holds, jnp.int32(flag), 0) for holds, flag in flags)
     return (i << (_BITS + 3)) | (j << 3) | flags, count
 
 

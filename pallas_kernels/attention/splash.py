@@ -14,6 +14,7 @@ from pallas_kernels.dispatch import decline
 
 NAME = "splash"
 BLOCK = 1024
+FUSED_BLOCKS = 4
 HEAD_DIMS = (64, 128, 256)
 
 
@@ -69,6 +70,8 @@ def _kernel(splash_attention, params, tiles, T: int, S: int):
         mask = splash_attention.CausalMask((T, S), offset=params.q_offset)
     else:
         mask = splash_attention.LocalMask((T, S), (params.window - 1, 0), offset=params.q_offset)
+    # The fused backward holds a dq for every block of keys.
+    fused = tiles.counts[1] <= FUSED_BLOCKS
     return splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * heads),
         block_sizes=splash_attention.BlockSizes(
@@ -78,7 +81,9 @@ def _kernel(splash_attention, params, tiles, T: int, S: int):
             block_q_dkv=tiles.rows,
             block_kv_dkv=tiles.columns,
             block_kv_dkv_compute=tiles.columns,
-            use_fused_bwd_kernel=True,
+            block_q_dq=None if fused else tiles.rows,
+            block_kv_dq=None if fused else tiles.columns,
+            use_fused_bwd_kernel=fused,
         ),
         head_shards=1,
         q_seq_shards=1,

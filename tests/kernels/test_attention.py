@@ -111,7 +111,7 @@ def test_long_sequences_make_no_square():
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x, ids)
     sizes = [int(np.prod(shape)) for shape in op_suite.shapes_in(jaxpr.jaxpr)]
-    assert max(sizes) <= 64 * T, max(sizes)
+    assert max(sizes) <= 128 * T, max(sizes)  # splash keeps a row's sum in 128 lanes
     assert len(sizes) > 100
 
 

@@ -23,7 +23,7 @@ from pallas_kernels.attention.pallas_tpu_visits import (
 )
 from tests.helpers import assert_close
 from tests.kernels import op_suite
-from tests.kernels.test_attention import OP, call
+from tests.kernels.test_attention import call
 from tests.kernels.tpu_interpreter import interpreted
 
 DOCUMENTS = ((1, 90), (2, 3), (1, 47), (0, 60))
@@ -129,7 +129,7 @@ def test_visits_are_the_blocks_with_work(spec, by_keys):
     """Every pair that sees something is visited once, and masked unless it sees everything."""
     uneven = AttentionArgs(shape=(2, 700, 900, 1, 1, 64), causal=False, window=None)
     spec = SPECS.get(spec, uneven)
-    B, T, S = spec.shape[:3]
+    B, _, S = spec.shape[:3]
     kv_ids = spec.arrays(np.random.default_rng(0))["kv_ids"]
     q_ids = spec.arrays(np.random.default_rng(0))["q_ids"]
     if kv_ids is not None and q_ids is None:
@@ -146,8 +146,9 @@ def test_visits_are_the_blocks_with_work(spec, by_keys):
         major = [pair[by_keys] for pair in pairs]
         assert len(set(pairs)) == len(pairs) and major == sorted(major)
         assert set(major) == set(range(tiles.counts[by_keys]))
-        assert [bool(x & FIRST) for x in listed] == [n != m for n, m in zip(major, [-1, *major])]
-        assert [bool(x & LAST) for x in listed] == [n != m for n, m in zip(major, [*major[1:], -1])]
+        changes = [n != m for n, m in itertools.pairwise([-1, *major, -1])]
+        assert [bool(x & FIRST) for x in listed] == changes[:-1]
+        assert [bool(x & LAST) for x in listed] == changes[1:]
         for i, j in itertools.product(*map(range, tiles.counts)):
             block = seen[b, i * tiles.rows :][: tiles.rows, j * tiles.columns :][:, : tiles.columns]
             alone = major.count((i, j)[by_keys]) == 1
@@ -160,7 +161,7 @@ def test_visits_are_the_blocks_with_work(spec, by_keys):
 
 
 def test_steps(small_blocks, capsys):
-    """Rows of all lengths, heads that do not fill the lanes, and whatever lies behind the length."""
+    """Rows of all lengths, heads that do not fill the lanes, NaN behind the length."""
     rng = np.random.default_rng(0)
     for N, K, H in ((6, 3, 64), (4, 2, 128)):
         q = jnp.asarray(rng.standard_normal((3, N, H)), jnp.float32)
