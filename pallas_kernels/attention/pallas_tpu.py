@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from pallas_kernels.attention import pallas_tpu_tiles as tiling
 from pallas_kernels.attention.pallas_tpu_backward import backward_kernel
 from pallas_kernels.attention.pallas_tpu_forward import forward_kernel
-from pallas_kernels.attention.pallas_tpu_visits import pad, tiles_of
+from pallas_kernels.attention.pallas_tpu_visits import most_visits, pad, tiles_of
 from pallas_kernels.dispatch import decline
 
 NAME = "pallas_tpu"
 HEAD_DIMS = (64, 128)
 BLOCK = 1024  # tokens; fp32, whose products take six passes, is for checks and not for speed
+SMEM = 2**19  # bytes of 1 MiB
 # Where its static cycles beat those of splash: v5e, v5p, v6e and 7x.
 DEVICES = ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")
 
@@ -28,6 +29,9 @@ def check(params) -> None:
         raise decline(NAME, f"needs a head dim in {HEAD_DIMS}", params.shape_q[3])
     if params.scale <= 0:
         raise decline(NAME, "needs a positive scale", params.scale)
+    size = 4 * params.shape_q[0] * most_visits(params, _tiles(params))
+    if size > SMEM:
+        raise decline(NAME, f"needs a list of visits of at most {SMEM} bytes", size)
 
 
 def check_device(kind: str | None) -> None:

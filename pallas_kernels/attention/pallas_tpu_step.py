@@ -25,8 +25,9 @@ from pallas_kernels.dispatch import decline
 
 __all__ = ["apply", "check"]
 
-BLOCK = 512  # cache entries
-VMEM = 64 * 2**20
+BLOCK = 2048  # cache entries at most
+WINDOW = 2**20  # bytes of the keys of a block at most: then their fetch takes longer than a step's rest
+VMEM = 32 * 2**20
 LOWEST = -1e30  # a maximum to start from, finite: exp2(-inf - LOWEST) is 0 and not NaN
 
 
@@ -34,12 +35,8 @@ def check(params) -> None:
     """Decline what the kernel is not written for."""
     if params.dtype not in (jnp.bfloat16, jnp.float32):
         raise decline(NAME, "takes bfloat16 or float32", params.dtype)
-    _, _, K, H = params.shape_k
-    if H not in HEAD_DIMS:
-        raise decline(NAME, f"needs a head dim in {HEAD_DIMS}", H)
-    window = 4 * BLOCK * K * H * params.dtype.itemsize  # keys and values, each twice
-    if window > VMEM // 2:
-        raise decline(NAME, f"needs windows of at most {VMEM // 2} bytes in VMEM", window)
+    if params.shape_k[3] not in HEAD_DIMS:
+        raise decline(NAME, f"needs a head dim in {HEAD_DIMS}", params.shape_k[3])
 
 
 def apply(params, q, k_cache, v_cache, lengths):
@@ -52,7 +49,8 @@ def apply(params, q, k_cache, v_cache, lengths):
     q_BKGSH = q.reshape(B, K, N // K, 1, H) * lanes[None, :, None, :, None]
     q_BURL = jnp.pad(q_BKGSH, ((0, 0), (0, units * side - K), *((0, 0),) * 3))
     q_BURL = q_BURL.reshape(B, units, side * N // K, LANES)
-    size = min(BLOCK, -(-S // LANES) * LANES)
+    size = max(WINDOW // (K * H * q.dtype.itemsize) // LANES, 1) * LANES
+    size = min(size, BLOCK, -(-S // LANES) * LANES)
     o = _call(params.scale, size, q_BURL, k_cache, v_cache, lengths)
     o = o.reshape(B, units * side, N // K, side, H)[:, :K]
     o = jnp.take_along_axis(o, own[None, :, None, None, None], 3)
@@ -99,26 +97,34 @@ def _kernel(exponent, lengths, q, k, v, o, m, l, acc):
         l[...] = jnp.zeros_like(l)
         acc[...] = jnp.zeros_like(acc)
 
-    @pl.when(left > 0)
-    def _():
-        seen = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1) < left
-        row = jax.lax.broadcasted_iota(jnp.int32, (size, LANES), 0) < left
-        for u in range(q.shape[1]):
-            lanes = slice(u * LANES, min((u + 1) * LANES, k.shape[2]))
-            width = lanes.stop - lanes.start
-            logits = dot(q[0, u, :, :width], k[0, :, lanes], NT) * exponent
-            logits = jnp.where(seen, logits, -jnp.inf)
-            highest = jnp.maximum(m[u], logits.max(1, keepdims=True))
-            weights = jnp.exp2(logits - highest)
-            shrink = jnp.exp2(m[u] - highest)
-            m[u] = highest
-            l[u] = l[u] * shrink + weights.sum(1, keepdims=True)
+    def block(partial: bool):
+        # Stage by stage, not unit by unit: the units' chains of steps then run side by side.
+        slices = [slice(x, min(x + LANES, k.shape[2])) for x in range(0, k.shape[2], LANES)]
+        keys, values = ([ref[0, :, lanes] for lanes in slices] for ref in (k, v))
+        logits = [dot(q[0, u, :, : x.shape[1]], x, NT) * exponent for u, x in enumerate(keys)]
+        if partial:
+            seen = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1) < left
+            logits = [jnp.where(seen, x, -jnp.inf) for x in logits]
             # What lies behind the length may be anything, also NaN.
-            values = jnp.where(row[:, :width], v[0, :, lanes], 0)
-            new = dot(weights.astype(v.dtype), values, NN)
-            acc[u, :, :width] = acc[u, :, :width] * shrink + new
+            values = [jnp.where(_row(x) < left, x, 0) for x in values]
+        highest = [jnp.maximum(m[u], x.max(1, keepdims=True)) for u, x in enumerate(logits)]
+        weights = [jnp.exp2(x - top) for x, top in zip(logits, highest, strict=True)]
+        products = [dot(x.astype(v.dtype), y, NN) for x, y in zip(weights, values, strict=True)]
+        for u, (top, x, product) in enumerate(zip(highest, weights, products, strict=True)):
+            shrink = jnp.exp2(m[u] - top)
+            m[u] = top
+            l[u] = l[u] * shrink + x.sum(1, keepdims=True)
+            width = product.shape[1]
+            acc[u, :, :width] = acc[u, :, :width] * shrink + product
+
+    pl.when(left >= size)(lambda: block(partial=False))
+    pl.when((left > 0) & (left < size))(lambda: block(partial=True))
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
         total = l[...]
         o[0] = (acc[...] / jnp.where(total > 0, total, 1)).astype(o.dtype)
+
+
+def _row(x):
+    return jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int
 
-__all__ = ["BORDER", "FIRST", "LAST", "Tiles", "column", "pad", "row", "tiles_of", "visits"]
+__all__ = ["BORDER", "FIRST", "LAST", "Tiles", "column", "most_visits", "pad", "row", "tiles_of", "visits"]
 
 LANES = 128
 # A visit in one int32: 14 bits of the query block, 14 of the key block, then these.
@@ -67,6 +67,11 @@ def row(visit):
 def column(visit):
     """Block of keys of a visit."""
     return jax.lax.shift_right_logical(visit, 3) & (2**_BITS - 1)
+
+
+def most_visits(params, tiles: Tiles) -> int:
+    """P: visits of a batch row that static facts cannot rule out."""
+    return len(_pairs(params, tiles, by_keys=False)[0])
 
 
 def visits(
