@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import pallas_tpu_tiles as tiling
 from pallas_kernels.attention.pallas_tpu_tiles import NN, NT, dot, piece
-from pallas_kernels.attention.pallas_tpu_visits import FIRST, row, visits
+from pallas_kernels.attention.pallas_tpu_visits import FIRST, LANES, row, visits
 
 __all__ = ["backward_kernel"]
 
@@ -53,6 +53,7 @@ def backward_kernel(params, tiles, q, k, v, q_ids, kv_ids, offset, do, lse, delt
             in_specs=specs,
             out_specs=[pl.BlockSpec(memory_space=pl.ANY), *[call.key_gradients(1)] * 2],
             scratch_shapes=[
+                pltpu.VMEM((columns, LANES), jnp.int32),  # ids of the keys
                 *[pltpu.VMEM((columns, rows), jnp.float32)] * 2,  # k q^T and v do^T
                 *[pltpu.VMEM((H, columns), jnp.float32)] * 2,  # dk^T and dv^T
                 *[pltpu.VMEM((H, rows), jnp.float32)] * 3,  # dq^T: of this visit, read, written
@@ -68,11 +69,11 @@ def backward_kernel(params, tiles, q, k, v, q_ids, kv_ids, offset, do, lse, delt
 
 
 def _kernel(call, table, count, offset, *refs):
-    q, q1, do, do1, k, k1, v, lse, delta, *ids, _, dq, dk, dv = refs[:-9]
-    logits, dweights, dk_t, dv_t, dq_t, fetched, stored, pending, semaphores = refs[-9:]
+    q, q1, do, do1, k, k1, v, lse, delta, *ids, _, dq, dk, dv = refs[:-10]
+    key_ids, logits, dweights, dk_t, dv_t, dq_t, *buffers = refs[-10:]
     step = call.step(table, count)
     block = step.head(1) + call.group * pl.program_id(1), row(step.visit(1))
-    copies = Accumulator(dq, fetched, stored, pending, semaphores, step.b)
+    copies = Accumulator(dq, *buffers, step.b)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -86,7 +87,12 @@ def _kernel(call, table, count, offset, *refs):
 
         @pl.when(step.border(1))
         def _():
-            call.mask(step.visit(1), offset[step.b], ids, logits)
+            if ids:
+                call.key_columns(ids[1], key_ids)
+            of_pair = [ids[0], key_ids] if ids else []
+            _mask(
+                call, functools.partial(call.seen, step.visit(1), offset[step.b], of_pair), logits
+            )
 
         @pl.when((step.visit(1) & FIRST != 0) & (step.head(1) == 0))
         def _():
@@ -109,6 +115,19 @@ def _kernel(call, table, count, offset, *refs):
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
         copies.drain()
+
+
+def _mask(call, seen, logits):
+    """Put -inf where a query does not see a key."""
+
+    @pl.loop(0, call.tiles.columns // LANES)
+    def _(n):
+        first = pl.multiple_of(n * LANES, LANES)
+        keys = pl.ds(first, LANES)
+        for i in range(0, call.tiles.rows, LANES):
+            lanes = slice(i, i + LANES)
+            mask = seen((first, LANES), (i, LANES))
+            logits[keys, lanes] = jnp.where(mask, logits[keys, lanes], -jnp.inf)
 
 
 def _overlapped(call, new, old, logits, dweights, dk_t, dv_t, dq_t):

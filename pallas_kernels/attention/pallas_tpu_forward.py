@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import pallas_tpu_tiles as tiling
 from pallas_kernels.attention.pallas_tpu_tiles import NN, NT, dot, piece
-from pallas_kernels.attention.pallas_tpu_visits import FIRST, visits
+from pallas_kernels.attention.pallas_tpu_visits import BORDER, FIRST, LANES, visits
 
 __all__ = ["forward_kernel"]
 
@@ -41,7 +41,7 @@ def forward_kernel(params, tiles, q, k, v, q_ids, kv_ids, offset):
     specs = [call.queries(0), call.keys(0), call.keys(1)]
     operands = [q, k, v]
     if q_ids is not None:
-        specs += [call.query_ids(1), call.key_ids(1)]
+        specs += [call.query_ids(0), call.key_ids(0)]
         operands += call.ids(q_ids, kv_ids)
     G, H, (rows, columns) = call.group, params.shape_q[3], (tiles.rows, tiles.columns)
     padded = tiles.rows * tiles.counts[0]
@@ -53,6 +53,7 @@ def forward_kernel(params, tiles, q, k, v, q_ids, kv_ids, offset):
             in_specs=specs,
             out_specs=[call.outputs(1), call.output_rows(1)],
             scratch_shapes=[
+                pltpu.VMEM((columns, LANES), jnp.int32),  # ids of the keys
                 pltpu.VMEM((columns, rows), jnp.float32),  # logits
                 pltpu.VMEM((8, rows), jnp.float32),  # maxima of every 8th key
                 pltpu.VMEM((G, 1, rows), jnp.float32),  # m
@@ -70,18 +71,23 @@ def forward_kernel(params, tiles, q, k, v, q_ids, kv_ids, offset):
 
 
 def _kernel(call, table, count, offset, *refs):
-    q, k, v, *ids, o, lse, logits, top, m, l, acc = refs
+    q, k, v, *ids, o, lse, key_ids, logits, top, m, l, acc = refs
     step = call.step(table, count)
     head = step.head(1)
+    state = (logits, top, m.at[head], l.at[head], acc.at[head])
+    run = functools.partial(_overlapped, call, step.visit(1) & FIRST != 0, q, k, v, state)
 
     @pl.when(step.running)
     def _():
-        @pl.when(step.border(1))
-        def _():
-            call.mask(step.visit(1), offset[step.b], ids, logits, top)
+        border = step.visit(0) & BORDER != 0
+        pl.when(~border)(run)
 
-        state = (m.at[head], l.at[head], acc.at[head])
-        _overlapped(call, step.visit(1) & FIRST != 0, q, k, v, logits, top, *state)
+        @pl.when(border)
+        def _():
+            if ids:
+                call.key_columns(ids[1], key_ids)
+            of_pair = [ids[0], key_ids] if ids else []
+            run(functools.partial(call.seen, step.visit(0), offset[step.b], of_pair))
 
         @pl.when(step.finishes(1))
         def _():
@@ -93,9 +99,12 @@ def _kernel(call, table, count, offset, *refs):
             lse[0, 0] = jnp.where(seen, value, jnp.inf)
 
 
-def _overlapped(call, first, q, k, v, logits, top, m, l, acc):
-    """Take the last visit's logits through the softmax and put this one's in their place."""
-    tiles, v_t = call.tiles, v[0].T
+def _overlapped(call, first, q, k, v, state, mask=None):
+    """Take the last visit's logits through the softmax and put this one's in their place.
+
+    `first` says that the last visit was the first of its queries, `mask` what this one sees.
+    """
+    tiles, v_t, (logits, top, m, l, acc) = call.tiles, v[0].T, state
     across, down = piece(tiles.rows), piece(tiles.columns)
     for i in range(0, tiles.rows, across):
         lanes = slice(i, i + across)
@@ -110,6 +119,8 @@ def _overlapped(call, first, q, k, v, logits, top, m, l, acc):
             weights = jnp.exp2(logits[keys, lanes] * call.exponent - highest)
             total += weights.reshape(-1, 8, across).sum(0)
             new = dot(k[0, keys], q[0, lanes], NT)
+            if mask is not None:
+                new = jnp.where(mask((j, down), (i, across)), new, -jnp.inf)
             logits[keys, lanes] = new
             new = new.reshape(-1, 8, across).max(0)
             maxima = new if maxima is None else jnp.maximum(maxima, new)

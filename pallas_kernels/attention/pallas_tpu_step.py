@@ -26,7 +26,9 @@ from pallas_kernels.dispatch import decline
 __all__ = ["apply", "check"]
 
 BLOCK = 2048  # cache entries at most
-WINDOW = 2**20  # bytes of the keys of a block at most: then their fetch takes longer than a step's rest
+WINDOW = (
+    2**20
+)  # bytes of the keys of a block at most: then their fetch takes longer than a step's rest
 VMEM = 32 * 2**20
 LOWEST = -1e30  # a maximum to start from, finite: exp2(-inf - LOWEST) is 0 and not NaN
 

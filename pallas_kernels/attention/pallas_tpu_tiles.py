@@ -211,36 +211,35 @@ class Call:
         # Until then the window waits at the first of them: a window that moves is written.
         return h * self.group + jnp.where(visit & LAST != 0, g, 0)
 
-    def mask(self, visit, offset, ids, logits, top=None):
-        """Put -inf where a query does not see a key, and find the maxima anew into `top`."""
-        tiles = self.tiles
-        start = row(visit) * tiles.rows + offset - column(visit) * tiles.columns
-        left = tiles.keys - column(visit) * tiles.columns
-        key = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
-        ahead = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1) - key
-        if top is not None:
-            top[...] = jnp.full(top.shape, -jnp.inf, jnp.float32)
+    def key_columns(self, kv_ids, columns) -> None:
+        """Write the ids of a block of keys down the rows of `columns` [S', 128]."""
+        for j in range(0, self.tiles.columns, LANES):
+            ids = jnp.broadcast_to(kv_ids[0, :, j : j + LANES], (LANES, LANES))
+            columns[j : j + LANES] = ids.T
 
-        @pl.loop(0, tiles.columns // LANES)
-        def _(n):
-            first = pl.multiple_of(n * LANES, LANES)
-            keys = pl.ds(first, LANES)
-            if ids:
-                kv_ids = jnp.broadcast_to(ids[1][0, :, keys], (LANES, LANES)).T
-            for i in range(0, tiles.rows, LANES):
-                lanes = slice(i, i + LANES)
-                distance = start + i - first  # of the tile's first query and key
-                seen = jnp.full((LANES, LANES), True)
-                if self.params.causal:
-                    seen &= ahead >= -distance
-                if self.params.window is not None:
-                    seen &= ahead < self.params.window - distance
-                if tiles.keys % tiles.columns:
-                    seen &= key < left - first
-                if ids:
-                    seen &= kv_ids == ids[0][0, :, lanes]
-                masked = jnp.where(seen, logits[keys, lanes], -jnp.inf)
-                logits[keys, lanes] = masked
-                if top is not None:
-                    highest = masked.reshape(-1, 8, LANES).max(0)
-                    top[:, lanes] = jnp.maximum(top[:, lanes], highest)
+    def seen(self, visit, offset, ids, keys, lanes):
+        """Say which keys of a piece of a block pair each query sees, [keys, lanes].
+
+        `ids` are query ids and `key_columns`, or none; `keys` and `lanes` are (start, size).
+        """
+        tiles, (first, down), (i, across) = self.tiles, keys, lanes
+        key = jax.lax.broadcasted_iota(jnp.int32, (down, across), 0)
+        query = jax.lax.broadcasted_iota(jnp.int32, (1, across), 1)
+        query += row(visit) * tiles.rows + i + offset - column(visit) * tiles.columns - first
+        seen = None
+        if self.params.causal:
+            seen = _both(seen, key <= query)
+        if self.params.window is not None:
+            seen = _both(seen, key > query - self.params.window)
+        if tiles.keys % tiles.columns:
+            seen = _both(seen, key < tiles.keys - column(visit) * tiles.columns - first)
+        if ids:
+            q_ids, columns = ids
+            of_keys = columns[pl.ds(first, down)]
+            of_keys = jnp.concatenate([of_keys] * (across // LANES), 1)
+            seen = _both(seen, of_keys == q_ids[0, :, i : i + across])
+        return jnp.full((down, across), True) if seen is None else seen
+
+
+def _both(seen, condition):
+    return condition if seen is None else seen & condition

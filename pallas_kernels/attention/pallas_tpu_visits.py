@@ -16,7 +16,18 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int
 
-__all__ = ["BORDER", "FIRST", "LAST", "Tiles", "column", "most_visits", "pad", "row", "tiles_of", "visits"]
+__all__ = [
+    "BORDER",
+    "FIRST",
+    "LAST",
+    "Tiles",
+    "column",
+    "most_visits",
+    "pad",
+    "row",
+    "tiles_of",
+    "visits",
+]
 
 LANES = 128
 # A visit in one int32: 14 bits of the query block, 14 of the key block, then these.
