@@ -75,8 +75,13 @@ def _of_key_heads(params, x):
     return x if groups == 1 else x.reshape(B, S, K, groups, H).sum(3).astype(params.dtype)
 
 
+def block(params) -> int:
+    """Tokens of a block at most."""
+    return BLOCK if params.dtype == jnp.bfloat16 else BLOCK // 2
+
+
 def _tiles(params):
-    return tiles_of(params, BLOCK if params.dtype == jnp.bfloat16 else BLOCK // 2)
+    return tiles_of(params, block(params))
 
 
 def _views(tiles, q, k, v):

@@ -23,7 +23,7 @@ from pallas_kernels.attention.pallas_tpu_tiles import NN, NT, dot
 from pallas_kernels.attention.pallas_tpu_visits import LANES
 from pallas_kernels.dispatch import decline
 
-__all__ = ["apply", "check"]
+__all__ = ["apply", "block", "check"]
 
 BLOCK = 2048  # cache entries at most
 WINDOW = (
@@ -41,9 +41,16 @@ def check(params) -> None:
         raise decline(NAME, f"needs a head dim in {HEAD_DIMS}", params.shape_k[3])
 
 
+def block(params) -> int:
+    """Cache entries of a block."""
+    _, S, K, H = params.shape_k
+    size = max(WINDOW // (K * H * params.dtype.itemsize) // LANES, 1) * LANES
+    return min(size, BLOCK, -(-S // LANES) * LANES)
+
+
 def apply(params, q, k_cache, v_cache, lengths):
     """Return o [B,N,H]; a row of length 0 gives 0."""
-    (B, S, K, H), N = k_cache.shape, q.shape[1]
+    (B, _, K, H), N = k_cache.shape, q.shape[1]
     lengths = lengths.astype(jnp.int32)
     side = LANES // H  # key heads side by side
     units, own = -(-K // side), jnp.arange(K) % side
@@ -51,9 +58,7 @@ def apply(params, q, k_cache, v_cache, lengths):
     q_BKGSH = q.reshape(B, K, N // K, 1, H) * lanes[None, :, None, :, None]
     q_BURL = jnp.pad(q_BKGSH, ((0, 0), (0, units * side - K), *((0, 0),) * 3))
     q_BURL = q_BURL.reshape(B, units, side * N // K, LANES)
-    size = max(WINDOW // (K * H * q.dtype.itemsize) // LANES, 1) * LANES
-    size = min(size, BLOCK, -(-S // LANES) * LANES)
-    o = _call(params.scale, size, q_BURL, k_cache, v_cache, lengths)
+    o = _call(params.scale, block(params), q_BURL, k_cache, v_cache, lengths)
     o = o.reshape(B, units * side, N // K, side, H)[:, :K]
     o = jnp.take_along_axis(o, own[None, :, None, None, None], 3)
     return o.reshape(B, N, H)
