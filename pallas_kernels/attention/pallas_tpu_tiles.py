@@ -28,6 +28,7 @@ from pallas_kernels.attention.pallas_tpu_visits import (
 __all__ = ["NN", "NT", "Call", "dot", "piece", "view"]
 
 NT, NN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
+GROUP = 8  # query heads at most that share the windows of their key head: each has accumulators
 VMEM = 48 * 2**20  # of the 64 MiB that 7x has, the least of all
 
 
@@ -107,9 +108,9 @@ class Call:
 
     @property
     def group(self) -> int:
-        """Query heads of one key head that share its windows: at most 8, for the accumulators."""
+        """Query heads of one key head that share its windows."""
         G = self.params.shape_q[2] // self.params.shape_k[2]
-        return max(g for g in range(1, 9) if G % g == 0)
+        return max(g for g in range(1, GROUP + 1) if G % g == 0)
 
     @property
     def groups(self) -> int:

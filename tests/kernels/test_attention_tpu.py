@@ -10,7 +10,14 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import attention, attention_step
-from pallas_kernels.attention import api, pallas_tpu, pallas_tpu_backward, pallas_tpu_step
+from pallas_kernels.attention import (
+    api,
+    pallas_tpu,
+    pallas_tpu_backward,
+    pallas_tpu_forward,
+    pallas_tpu_step,
+    pallas_tpu_tiles,
+)
 from pallas_kernels.attention.arg_specs import AttentionArgs
 from pallas_kernels.attention.pallas_tpu_visits import (
     BORDER,
@@ -29,7 +36,7 @@ from tests.kernels.tpu_interpreter import interpreted
 DOCUMENTS = ((1, 90), (2, 3), (1, 47), (0, 60))
 SPECS = {
     "documents": AttentionArgs(shape=(1, 200, 200, 2, 1, 64), documents=DOCUMENTS),
-    "wide": AttentionArgs(shape=(2, 140, 140, 2, 1, 128)),
+    "wide": AttentionArgs(shape=(2, 100, 100, 4, 1, 128)),
     # Ids as given, offsets by row, and queries that see nothing: none in reach, or none of its id.
     "pair": AttentionArgs(
         shape=(2, 90, 200, 1, 1, 64),
@@ -39,7 +46,6 @@ SPECS = {
     ),
     "full": AttentionArgs(shape=(1, 70, 300, 1, 1, 64), causal=False),
     "window": AttentionArgs(shape=(1, 140, 300, 1, 1, 64), window=40, q_offset=130),
-    "many_heads": AttentionArgs(shape=(1, 60, 60, 9, 1, 64)),
 }
 SUITE = op_suite.Op(
     call=call, specs=SPECS, fp32=(), tolerance={"float32": (2e-6, 5e-6), "bfloat16": (6e-3, 1.2e-2)}
@@ -48,7 +54,8 @@ SUITE = op_suite.Op(
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 128, so that few tokens make several."""
+    """Blocks of 128 and groups of 2 heads, so that few tokens and heads make several."""
+    monkeypatch.setattr(pallas_tpu_tiles, "GROUP", 2)
     monkeypatch.setattr(pallas_tpu, "BLOCK", 128)
     monkeypatch.setattr(pallas_tpu_step, "BLOCK", 128)
     monkeypatch.setattr(pallas_tpu, "_tiles", lambda params: tiles_of(params, 128))
@@ -65,7 +72,6 @@ def small_blocks(monkeypatch):
         ("pair", "float32"),
         ("full", "float32"),
         ("window", "float32"),
-        ("many_heads", "float32"),
     ],
 )
 def test_interpreted(spec, dtype, small_blocks, capsys):
@@ -74,8 +80,10 @@ def test_interpreted(spec, dtype, small_blocks, capsys):
         op_suite.check(SUITE, spec, "pallas_tpu", dtype)
 
 
-def test_large_blocks_are_cut_into_pieces(capsys):
-    spec = AttentionArgs(shape=(1, 260, 260, 1, 1, 64), documents=((1, 130), (2, 130)))
+def test_large_blocks_are_cut_into_pieces(capsys, monkeypatch):
+    for kernel in (pallas_tpu_forward, pallas_tpu_backward):
+        monkeypatch.setattr(kernel, "piece", lambda size: 128)
+    spec = AttentionArgs(shape=(1, 200, 200, 1, 1, 64), documents=((1, 90), (2, 110)))
     suite = op_suite.Op(call=call, specs={"pieces": spec}, fp32=(), tolerance=SUITE.tolerance)
     with interpreted(capsys):
         op_suite.check(suite, "pieces", "pallas_tpu", "float32")
