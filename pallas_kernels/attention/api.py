@@ -159,24 +159,29 @@ def attention_step(
 
 
 # Jitted, so that the layers of one shape are traced and lowered once a program and not once each.
+# What is lowered once has no scopes of its callers, hence the one inside.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_forward(name: str, params: AttentionParams, *operands):
-    return IMPLEMENTATIONS[name].forward(params, *operands)
+    with jax.named_scope(f"attention={name}"):
+        return IMPLEMENTATIONS[name].forward(params, *operands)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_backward(name: str, params: AttentionParams, *operands):
-    return IMPLEMENTATIONS[name].backward(params, *operands)
+    with jax.named_scope(f"attention={name}"):
+        return IMPLEMENTATIONS[name].backward(params, *operands)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_apply(name: str, params: AttentionParams, *operands):
-    return IMPLEMENTATIONS[name].apply(params, *operands)
+    with jax.named_scope(f"attention={name}"):
+        return IMPLEMENTATIONS[name].apply(params, *operands)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_step(name: str, params: StepParams, *operands):
-    return STEPS[name].apply(params, *operands)
+    with jax.named_scope(f"attention_step={name}"):
+        return STEPS[name].apply(params, *operands)
 
 
 def _one(name: str, params: AttentionParams, *operands):

@@ -38,7 +38,7 @@ def backward_kernel(params, tiles, q, k, v, q_ids, kv_ids, offset, do, lse, delt
     inputs = [(x, window(lag)) for x, window in both for lag in (0, 1)]
     inputs += [(v, call.keys(0)), (lse, call.query_rows(1)), (delta, call.query_rows(1))]
     if q_ids is not None:
-        inputs += zip(call.ids(q_ids, kv_ids), (call.query_ids(1), call.key_ids(1)), strict=True)
+        inputs += zip(call.ids(q_ids, kv_ids), (call.query_ids(0), call.key_ids(0)), strict=True)
     dq = jnp.zeros((B, N, H, rows * tiles.counts[0]), jnp.float32)
     inputs.append((dq, pl.BlockSpec(memory_space=pl.ANY)))
     operands, specs = zip(*inputs, strict=True)
@@ -85,14 +85,11 @@ def _kernel(call, table, count, offset, *refs):
         def _():
             copies.fetch(*block)
 
-        @pl.when(step.border(1))
-        def _():
-            if ids:
+        if ids:
+
+            @pl.when((step.visit(0) & FIRST != 0) & (step.head(0) == 0))
+            def _():
                 call.key_columns(ids[1], key_ids)
-            of_pair = [ids[0], key_ids] if ids else []
-            _mask(
-                call, functools.partial(call.seen, step.visit(1), offset[step.b], of_pair), logits
-            )
 
         @pl.when((step.visit(1) & FIRST != 0) & (step.head(1) == 0))
         def _():
@@ -101,7 +98,11 @@ def _kernel(call, table, count, offset, *refs):
 
         new = (q, do, k, v)
         old = (q1[0].T, do1[0].T, k1[0].T, lse, delta)
-        _overlapped(call, new, old, logits, dweights, dk_t, dv_t, dq_t)
+        # Beside five products a mask costs nothing, so that all visits have one.
+        mask = functools.partial(
+            call.seen, step.visit(0), offset[step.b], ids[:1] and [ids[0], key_ids]
+        )
+        _overlapped(call, new, old, mask, logits, dweights, dk_t, dv_t, dq_t)
 
         @pl.when(pl.program_id(2) > 0)
         def _():
@@ -117,20 +118,7 @@ def _kernel(call, table, count, offset, *refs):
         copies.drain()
 
 
-def _mask(call, seen, logits):
-    """Put -inf where a query does not see a key."""
-
-    @pl.loop(0, call.tiles.columns // LANES)
-    def _(n):
-        first = pl.multiple_of(n * LANES, LANES)
-        keys = pl.ds(first, LANES)
-        for i in range(0, call.tiles.rows, LANES):
-            lanes = slice(i, i + LANES)
-            mask = seen((first, LANES), (i, LANES))
-            logits[keys, lanes] = jnp.where(mask, logits[keys, lanes], -jnp.inf)
-
-
-def _overlapped(call, new, old, logits, dweights, dk_t, dv_t, dq_t):
+def _overlapped(call, new, old, mask, logits, dweights, dk_t, dv_t, dq_t):
     """Turn the last visit's logits into gradients and put this one's in their place."""
     q, do, k, v = new
     q_t, do_t, k_t, lse, delta = old
@@ -143,7 +131,8 @@ def _overlapped(call, new, old, logits, dweights, dk_t, dv_t, dq_t):
             keys = slice(j, j + down)
             weights = jnp.exp2(logits[keys, lanes] * call.exponent - top)
             dlogits = (weights * (dweights[keys, lanes] - mean)).astype(dtype)
-            logits[keys, lanes] = dot(k[0, keys], q[0, lanes], NT)
+            seen = mask((j, down), (i, across))
+            logits[keys, lanes] = jnp.where(seen, dot(k[0, keys], q[0, lanes], NT), -jnp.inf)
             dweights[keys, lanes] = dot(v[0, keys], do[0, lanes], NT)
             dv_t[:, keys] += dot(do_t[:, lanes], weights.astype(dtype), NT)
             dk_t[:, keys] += dot(q_t[:, lanes], dlogits, NT)

@@ -85,7 +85,8 @@ def _kernel(call, table, count, offset, *refs):
         @pl.when(border)
         def _():
             if ids:
-                call.key_columns(ids[1], key_ids)
+                # The heads of a group have them in common.
+                pl.when(step.head(0) == 0)(lambda: call.key_columns(ids[1], key_ids))
             of_pair = [ids[0], key_ids] if ids else []
             run(functools.partial(call.seen, step.visit(0), offset[step.b], of_pair))
 

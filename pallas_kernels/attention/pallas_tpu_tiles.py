@@ -16,7 +16,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.pallas_tpu_visits import (
-    BORDER,
     LANES,
     LAST,
     Tiles,
@@ -86,9 +85,6 @@ class Step:
 
     def head(self, lag: int):
         return self.call.place(self.table, self.count, self.b, pl.program_id(2) - lag)[0]
-
-    def border(self, lag: int):
-        return (pl.program_id(2) >= lag) & (self.visit(lag) & BORDER != 0)
 
     def finishes(self, lag: int):
         return (pl.program_id(2) >= lag) & (self.visit(lag) & LAST != 0)
