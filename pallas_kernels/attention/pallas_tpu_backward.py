@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import pallas_tpu_tiles as tiling
 from pallas_kernels.attention.pallas_tpu_tiles import NN, NT, dot, piece
-from pallas_kernels.attention.pallas_tpu_visits import FIRST, LANES, row, visits
+from pallas_kernels.attention.pallas_tpu_visits import BORDER, FIRST, LANES, row, visits
 
 __all__ = ["backward_kernel"]
 
@@ -96,13 +96,13 @@ def _kernel(call, table, count, offset, *refs):
             dk_t[...] = jnp.zeros_like(dk_t)
             dv_t[...] = jnp.zeros_like(dv_t)
 
-        new = (q, do, k, v)
-        old = (q1[0].T, do1[0].T, k1[0].T, lse, delta)
-        # Beside five products a mask costs nothing, so that all visits have one.
-        mask = functools.partial(
-            call.seen, step.visit(0), offset[step.b], ids[:1] and [ids[0], key_ids]
-        )
-        _overlapped(call, new, old, mask, logits, dweights, dk_t, dv_t, dq_t)
+        new, old = (q, do, k, v), (q1, do1, k1[0].T, lse, delta)
+        run = functools.partial(_overlapped, call, new, old, (logits, dweights, dk_t, dv_t, dq_t))
+        border = step.visit(0) & BORDER != 0
+        of_pair = [ids[0], key_ids] if ids else []
+        mask = functools.partial(call.seen, step.visit(0), offset[step.b], of_pair)
+        pl.when(~border)(run)
+        pl.when(border)(lambda: run(mask))
 
         @pl.when(pl.program_id(2) > 0)
         def _():
@@ -118,27 +118,40 @@ def _kernel(call, table, count, offset, *refs):
         copies.drain()
 
 
-def _overlapped(call, new, old, mask, logits, dweights, dk_t, dv_t, dq_t):
-    """Turn the last visit's logits into gradients and put this one's in their place."""
-    q, do, k, v = new
-    q_t, do_t, k_t, lse, delta = old
+def _overlapped(call, new, old, scratch, mask=None):
+    """Turn the last visit's logits into gradients and put this one's in their place.
+
+    `mask` says what this visit sees. With it the body is a loop over queries, to be less code.
+    """
+    (q, do, k, v), (q1, do1, k_t, lse, delta) = new, old
+    logits, dweights, dk_t, dv_t, dq_t = scratch
     tiles, dtype = call.tiles, q.dtype
     across, down = piece(tiles.rows), piece(tiles.columns)
-    for i in range(0, tiles.rows, across):
-        lanes, product = slice(i, i + across), None
+
+    def part(i):
+        lanes, product = pl.ds(i, across), None
         top, mean = lse[0, 0, :, lanes], delta[0, 0, :, lanes]
+        q_t, do_t = q1[0, lanes].T, do1[0, lanes].T
         for j in range(0, tiles.columns, down):
             keys = slice(j, j + down)
             weights = jnp.exp2(logits[keys, lanes] * call.exponent - top)
             dlogits = (weights * (dweights[keys, lanes] - mean)).astype(dtype)
-            seen = mask((j, down), (i, across))
-            logits[keys, lanes] = jnp.where(seen, dot(k[0, keys], q[0, lanes], NT), -jnp.inf)
+            fresh = dot(k[0, keys], q[0, lanes], NT)
+            if mask is not None:
+                fresh = jnp.where(mask((j, down), (i, across)), fresh, -jnp.inf)
+            logits[keys, lanes] = fresh
             dweights[keys, lanes] = dot(v[0, keys], do[0, lanes], NT)
-            dv_t[:, keys] += dot(do_t[:, lanes], weights.astype(dtype), NT)
-            dk_t[:, keys] += dot(q_t[:, lanes], dlogits, NT)
-            part = dot(k_t[:, keys], dlogits, NN)
-            product = part if product is None else product + part
+            dv_t[:, keys] += dot(do_t, weights.astype(dtype), NT)
+            dk_t[:, keys] += dot(q_t, dlogits, NT)
+            fresh = dot(k_t[:, keys], dlogits, NN)
+            product = fresh if product is None else product + fresh
         dq_t[:, lanes] = product
+
+    if mask is None:
+        for i in range(0, tiles.rows, across):
+            part(i)
+    else:
+        pl.loop(0, tiles.rows // across)(lambda n: part(pl.multiple_of(n * across, across)))
 
 
 class Accumulator:

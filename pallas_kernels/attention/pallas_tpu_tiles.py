@@ -234,7 +234,7 @@ class Call:
             q_ids, columns = ids
             of_keys = columns[pl.ds(first, down)]
             of_keys = jnp.concatenate([of_keys] * (across // LANES), 1)
-            seen = _both(seen, of_keys == q_ids[0, :, i : i + across])
+            seen = _both(seen, of_keys == q_ids[0, :, pl.ds(i, across)])
         return jnp.full((down, across), True) if seen is None else seen
 
 

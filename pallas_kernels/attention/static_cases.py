@@ -59,7 +59,7 @@ class _Call:
         elif backward:
             lse = jax.ShapeDtypeStruct(p.shape_q[:3], jnp.float32)
             function = functools.partial(pallas_tpu.backward, p)
-            arguments, loops = (*arguments, do, lse, do), 1
+            arguments, loops = (*arguments, do, lse, do), 2
         else:
             function, loops = functools.partial(pallas_tpu.forward, p), 2
         size = pallas_tpu.block(p)
