@@ -103,12 +103,14 @@ def _kernel(call, table, count, offset, *refs):
 def _overlapped(call, first, q, k, v, state, mask=None):
     """Take the last visit's logits through the softmax and put this one's in their place.
 
-    `first` says that the last visit was the first of its queries, `mask` what this one sees.
+    `first` says that the last visit was the first of its queries, `mask` what this one sees. With
+    a mask the body is a loop over queries, to be less code.
     """
     tiles, v_t, (logits, top, m, l, acc) = call.tiles, v[0].T, state
     across, down = piece(tiles.rows), piece(tiles.columns)
-    for i in range(0, tiles.rows, across):
-        lanes = slice(i, i + across)
+
+    def part(i):
+        lanes = pl.ds(i, across)
         before = jnp.where(first, LOWEST, m[:, lanes])
         highest = top[:, lanes].max(0, keepdims=True) * call.exponent
         highest = jnp.maximum(before, highest)
@@ -119,14 +121,20 @@ def _overlapped(call, first, q, k, v, state, mask=None):
             keys = slice(j, j + down)
             weights = jnp.exp2(logits[keys, lanes] * call.exponent - highest)
             total += weights.reshape(-1, 8, across).sum(0)
-            new = dot(k[0, keys], q[0, lanes], NT)
+            fresh = dot(k[0, keys], q[0, lanes], NT)
             if mask is not None:
-                new = jnp.where(mask((j, down), (i, across)), new, -jnp.inf)
-            logits[keys, lanes] = new
-            new = new.reshape(-1, 8, across).max(0)
-            maxima = new if maxima is None else jnp.maximum(maxima, new)
-            new = dot(v_t[:, keys], weights.astype(v.dtype), NN)
-            product = new if product is None else product + new
+                fresh = jnp.where(mask((j, down), (i, across)), fresh, -jnp.inf)
+            logits[keys, lanes] = fresh
+            fresh = fresh.reshape(-1, 8, across).max(0)
+            maxima = fresh if maxima is None else jnp.maximum(maxima, fresh)
+            fresh = dot(v_t[:, keys], weights.astype(v.dtype), NN)
+            product = fresh if product is None else product + fresh
         l[:, lanes] = total
         top[:, lanes] = maxima
         acc[:, lanes] = jnp.where(first, 0, acc[:, lanes] * shrink) + product
+
+    if mask is None:
+        for i in range(0, tiles.rows, across):
+            part(i)
+    else:
+        pl.loop(0, tiles.rows // across)(lambda n: part(pl.multiple_of(n * across, across)))

@@ -2,7 +2,8 @@
 
 A step of the grid takes one head through one pair of blocks, 1024 queries and 1024 keys. `loops`
 are the bodies of such a step: the first without a mask, which most pairs of a long document take,
-the second with it. splash has one, with a mask of documents, and of causal order.
+and the second with it, a loop over pieces of 256 queries of which the cycles are those of one. What
+splash has is one body with the mask of documents and of causal order.
 """
 
 import dataclasses
