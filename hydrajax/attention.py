@@ -6,6 +6,7 @@
 HydraHead (2606.20097) §FA branch; the logit scale and NoPE follow HALO (2601.22156).
 """
 
+import functools
 import math
 
 import jax
@@ -25,9 +26,25 @@ from hydrajax.layers import (
     take_heads,
     weight,
 )
-from hydrajax.sharding import constrain
+from hydrajax.sharding import constrain, per_device
 from hydrajax.typing import Array, Float, Int
 from pallas_kernels import attention, attention_step
+
+# Key heads are split like the query heads that read them, or neither is.
+_HEADS = ("batch", None, "fa_heads", None)
+_AXES = {
+    "q": _HEADS,
+    "k": _HEADS,
+    "v": _HEADS,
+    "segment_ids": ("batch", None),
+    "q_offset": ("batch",),
+}
+_STEP_AXES = {
+    "q": ("batch", "fa_heads", None),
+    "k_cache": _HEADS,
+    "v_cache": _HEADS,
+    "lengths": ("batch",),
+}
 
 
 class FullHeads(nnx.Module):
@@ -70,7 +87,7 @@ class FullHeads(nnx.Module):
     ) -> Float[Array, "B T A H"]:
         """Head outputs of a whole sequence; `kv` are raw keys and values when they are tied."""
         q, k, v = self.qkv(x, seq, kv)
-        return self._attend(q, k, v, seq.segment_ids)
+        return self._attend(q, k, v, segment_ids=seq.segment_ids)
 
     def prefill(
         self,
@@ -84,13 +101,9 @@ class FullHeads(nnx.Module):
         q, k, v = self.qkv(x, seq, kv)
         if at is None:
             start = jnp.zeros(x.shape[0], jnp.int32)
-            return self._attend(q, k, v, None), cache.write(k, v, start)
+            return self._attend(q, k, v), cache.write(k, v, start)
         cache = cache.write(k, v, at)
-        k, v = self._spread(cache.k), self._spread(cache.v)
-        out = attention(
-            q, k, v, q_offset=at, scale=self.head_dim**-0.5, implementation=self.implementation
-        )
-        return out, cache
+        return self._attend(q, cache.k, cache.v, q_offset=at), cache
 
     def step(
         self, x: Float[Array, "B 1 D"], seq: Sequence, kv, cache: KVCache, at: Int[Array, "B"]
@@ -102,7 +115,10 @@ class FullHeads(nnx.Module):
         # traffic. Slot [kv, g] of the padded layout holds a query head or a dummy.
         slots, back = _group_slots(self.kv_of, self.num_kv)
         grouped = q[:, 0, np.maximum(slots, 0)] * (slots >= 0).astype(q.dtype)[None, :, None]
-        out = attention_step(grouped, cache.k, cache.v, at + 1, scale=self.head_dim**-0.5)
+        step = functools.partial(attention_step, scale=self.head_dim**-0.5)
+        (out,) = per_device(lambda **x: (step(**x),), _STEP_AXES, (_STEP_AXES["q"],))(
+            q=grouped, k_cache=cache.k, v_cache=cache.v, lengths=at + 1
+        )
         return out[:, None, back], cache
 
     def gate(self, x: Float[Array, "B T D"]) -> Float[Array, "B T A H"] | None:
@@ -137,15 +153,14 @@ class FullHeads(nnx.Module):
             constrain(v, "batch", None, "fa_kv_heads", None),
         )
 
-    def _attend(self, q, k, v, segment_ids) -> Array:
-        return attention(
-            q,
-            self._spread(k),
-            self._spread(v),
-            segment_ids=segment_ids,
-            scale=self.head_dim**-0.5,
-            implementation=self.implementation,
+    def _attend(self, q, k, v, **optional) -> Array:
+        run = functools.partial(
+            attention, scale=self.head_dim**-0.5, implementation=self.implementation
         )
+        optional = {name: x for name, x in optional.items() if x is not None}
+        return per_device(lambda **arrays: (run(**arrays),), _AXES, (_HEADS,))(
+            q=q, k=self._spread(k), v=self._spread(v), **optional
+        )[0]
 
     def _spread(self, k: Float[Array, "B S K H"]) -> Array:
         """Keys as the op wants them: equal groups as they are, ragged ones one per query head."""

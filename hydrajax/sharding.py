@@ -119,7 +119,7 @@ def per_device(op: Callable, axes_in: dict[str, Axes], axes_out: tuple[Axes, ...
     """Run `op(**arrays)` on each device's own part of the arrays, gradients included.
 
     XLA cannot split the call of a kernel, so it is told: the named axes are split as `spec` says,
-    and outputs like the inputs that share their names. `op` must not mix what it is split over.
+    in all arrays or in none, and outputs like the inputs. `op` must not mix what it is split over.
     Without a mesh, or on one device, it is called as it is.
     """
 
@@ -128,7 +128,14 @@ def per_device(op: Callable, axes_in: dict[str, Axes], axes_out: tuple[Axes, ...
         if mesh.empty or mesh.size == 1:
             return op(**arrays)
         sizes = dict(mesh.shape)
-        specs = {name: spec(axes_in[name], x.shape, sizes) for name, x in arrays.items()}
+        kept = {  # an axis that does not divide in every array
+            axis
+            for name, x in arrays.items()
+            for axis, part in zip(axes_in[name], spec(axes_in[name], x.shape, sizes), strict=True)
+            if part is None
+        }
+        axes = {name: tuple(a if a not in kept else None for a in axes_in[name]) for name in arrays}
+        specs = {name: spec(axes[name], x.shape, sizes) for name, x in arrays.items()}
         split = {
             axis: part
             for name, parts in specs.items()

@@ -17,12 +17,13 @@ from pathlib import Path
 import jax
 
 from pallas_kernels import tpu_schedule
+from pallas_kernels.attention import static_cases as attention
 from pallas_kernels.bench import git, versions, write
 from pallas_kernels.gated_delta_rule import static_cases as gated_delta_rule
 
 __all__ = ["CASES", "main"]
 
-CASES = (*gated_delta_rule.CASES,)
+CASES = (*gated_delta_rule.CASES, *attention.CASES)
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> dict:
             report["rows"].append(row)
             if "error" not in row:
                 report["summary"][f"{case.name}_cycles_{chip}"] = row["cycles"]
+            for loop in row.get("loops", ())[:1]:
+                report["summary"][f"{case.name}_mxu_{chip}"] = loop["utilisation"]["MXU"]
             write(args.out, report)
             print(json.dumps(row), flush=True)
     print(json.dumps(report["summary"], indent=1))

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hydrajax.attention import _AXES
 from hydrajax.config import MeshConfig
 from hydrajax.deltanet import _HEADS, _RULE_AXES, _STATE, _STEP_AXES
 from hydrajax.sharding import make_mesh, one_device, per_device
-from pallas_kernels import gated_delta_rule, gated_delta_step
+from pallas_kernels import attention, gated_delta_rule, gated_delta_step
 from pallas_kernels.dispatch import device_kind
 
 T, H = 24, 8
@@ -37,7 +38,7 @@ def rule(**arrays):
 
 def value_and_grads(op, arrays):
     """Outputs, and gradients for a cotangent that differs in every element."""
-    ids = {"segment_ids": arrays["segment_ids"]}
+    ids = {name: x for name, x in arrays.items() if name == "segment_ids"}
     floats = {name: x for name, x in arrays.items() if name not in ids}
 
     def loss(floats):
@@ -97,3 +98,22 @@ def test_one_device_is_left_alone_and_known():
     with jax.set_mesh(one_device()):
         jax.jit(per_device(op, _RULE_AXES, (_HEADS,)))(q=q)
     assert seen == [(q.shape, None), (q.shape, "cpu")]
+
+
+@pytest.mark.parametrize("heads, local", [((6, 2), (3, 1)), ((6, 3), (6, 3)), ((3, 3), (3, 3))])
+def test_query_heads_stay_with_their_key_heads(heads, local):
+    """Both are split or none is; a share of the query heads would count to the wrong keys."""
+    rng = np.random.default_rng(0)
+    sizes = dict(zip("qkv", (heads[0], heads[1], heads[1]), strict=True))
+    given = {n: jnp.asarray(rng.normal(size=(4, T, s, H)), jnp.float32) for n, s in sizes.items()}
+    seen = []
+
+    def op(**arrays):
+        seen.append((arrays["q"].shape[2], arrays["k"].shape[2]))
+        return (attention(**arrays),)
+
+    want = value_and_grads(op, given)
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        got = value_and_grads(per_device(op, _AXES, (_AXES["q"],)), given)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), got, want)
+    assert seen[-1] == local

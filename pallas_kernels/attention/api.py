@@ -20,7 +20,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import cudnn, reference, step, xla
+from pallas_kernels.attention import (
+    cudnn,
+    pallas_tpu,
+    pallas_tpu_step,
+    reference,
+    splash,
+    step,
+    xla,
+)
 
 __all__ = ["AttentionParams", "attention", "attention_step"]
 
@@ -29,7 +37,8 @@ __all__ = ["AttentionParams", "attention", "attention_step"]
 class AttentionParams:
     """Static facts of one call, handed to every implementation; also what `check` judges.
 
-    `q_offset` is None when the offset is only known at run time.
+    `q_offset` is None when the offset is only known at run time; `paired` says that the ids of
+    queries and keys were given apart, so that a query need not see itself.
     """
 
     scale: float
@@ -37,6 +46,17 @@ class AttentionParams:
     window: int | None
     q_offset: int | None
     segmented: bool
+    paired: bool
+    shape_q: tuple[int, ...]
+    shape_k: tuple[int, ...]
+    dtype: jnp.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class StepParams:
+    """Static facts of one step."""
+
+    scale: float
     shape_q: tuple[int, ...]
     shape_k: tuple[int, ...]
     dtype: jnp.dtype
@@ -46,14 +66,28 @@ IMPLEMENTATIONS = {
     "reference": dispatch.Implementation(check=reference.check, apply=reference.apply),
     "xla": dispatch.Implementation(check=xla.check, forward=xla.forward, backward=xla.backward),
     "cudnn": dispatch.Implementation(check=cudnn.check, apply=cudnn.apply, platforms=("cuda",)),
+    "pallas_tpu": dispatch.Implementation(
+        check=pallas_tpu.check,
+        check_device=pallas_tpu.check_device,
+        forward=pallas_tpu.forward,
+        backward=pallas_tpu.backward,
+        platforms=("tpu",),
+    ),
+    "splash": dispatch.Implementation(check=splash.check, apply=splash.apply, platforms=("tpu",)),
 }
-TABLE = {"default": ("xla",)}
+TABLE = {"tpu": ("pallas_tpu", "splash", "xla"), "default": ("xla",)}
 
 STEPS = {
     "reference": dispatch.Implementation(check=reference.check, apply=reference.apply_step),
     "xla": dispatch.Implementation(check=step.check, apply=step.apply),
+    "pallas_tpu": dispatch.Implementation(
+        check=pallas_tpu_step.check,
+        check_device=pallas_tpu.check_device,
+        apply=pallas_tpu_step.apply,
+        platforms=("tpu",),
+    ),
 }
-STEP_TABLE = {"default": ("xla",)}
+STEP_TABLE = {"tpu": ("pallas_tpu", "xla"), "default": ("xla",)}
 
 
 def attention(
@@ -87,6 +121,7 @@ def attention(
         window=window,
         q_offset=static_offset,
         segmented=q_ids is not None,
+        paired=isinstance(segment_ids, tuple),
         shape_q=q.shape,
         shape_k=k.shape,
         dtype=jnp.dtype(q.dtype),
@@ -117,20 +152,46 @@ def attention_step(
             f"lengths: expected {q.shape[:1]} integers, got {lengths.shape} {lengths.dtype}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    choice = dispatch.resolve("attention_step", implementation, STEPS, STEP_TABLE, q.shape)
-    branches = {name: functools.partial(STEPS[name].apply, scale) for name in choice.names}
+    params = StepParams(scale, q.shape, k_cache.shape, jnp.dtype(q.dtype))
+    choice = dispatch.resolve("attention_step", implementation, STEPS, STEP_TABLE, params)
+    branches = {name: functools.partial(_run_step, name, params) for name in choice.names}
     return dispatch.platform_switch(choice, branches, q, k_cache, v_cache, lengths)
 
 
+# Jitted, so that the layers of one shape are traced and lowered once a program and not once each.
+# What is lowered once has no scopes of its callers, hence the one inside.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_forward(name: str, params: AttentionParams, *operands):
+    with jax.named_scope(f"attention={name}"):
+        return IMPLEMENTATIONS[name].forward(params, *operands)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_backward(name: str, params: AttentionParams, *operands):
+    with jax.named_scope(f"attention={name}"):
+        return IMPLEMENTATIONS[name].backward(params, *operands)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_apply(name: str, params: AttentionParams, *operands):
+    with jax.named_scope(f"attention={name}"):
+        return IMPLEMENTATIONS[name].apply(params, *operands)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_step(name: str, params: StepParams, *operands):
+    with jax.named_scope(f"attention_step={name}"):
+        return STEPS[name].apply(params, *operands)
+
+
 def _one(name: str, params: AttentionParams, *operands):
-    implementation = IMPLEMENTATIONS[name]
-    if implementation.apply is not None:
-        return implementation.apply(params, *operands)
+    if IMPLEMENTATIONS[name].apply is not None:
+        return _run_apply(name, params, *operands)
     return _attention(dispatch.Choice(name), params, *operands)
 
 
 def _forward(choice, params, *operands):
-    branches = {n: functools.partial(IMPLEMENTATIONS[n].forward, params) for n in choice.names}
+    branches = {name: functools.partial(_run_forward, name, params) for name in choice.names}
     return dispatch.platform_switch(choice, branches, *operands)
 
 
@@ -149,7 +210,7 @@ def _attention_fwd(choice, params, *operands):
 
 
 def _attention_bwd(choice, params, residuals, do):
-    branches = {n: functools.partial(IMPLEMENTATIONS[n].backward, params) for n in choice.names}
+    branches = {name: functools.partial(_run_backward, name, params) for name in choice.names}
     dq, dk, dv = dispatch.platform_switch(choice, branches, *residuals, do)
     integers = [None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in residuals[3:6]]
     return dq, dk, dv, *integers

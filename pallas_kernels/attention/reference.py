@@ -44,10 +44,10 @@ def apply(params, q, k, v, q_ids, kv_ids, offset):
     return _softmax(params.scale, q, k, v, mask)
 
 
-def apply_step(scale, q, k_cache, v_cache, lengths):
+def apply_step(params, q, k_cache, v_cache, lengths):
     """Return o [B,N,H]."""
     mask = positions(k_cache.shape[1]) < lengths.astype(jnp.int32)[:, None, None]
-    return _softmax(scale, q[:, None], k_cache, v_cache, mask)[:, 0]
+    return _softmax(params.scale, q[:, None], k_cache, v_cache, mask)[:, 0]
 
 
 def _softmax(scale, q, k, v, mask):

@@ -11,16 +11,16 @@ from pallas_kernels.attention.reference import positions
 from pallas_kernels.precision import dot
 
 
-def check(shape_q) -> None:
+def check(params) -> None:
     """Accept everything."""
 
 
-def apply(scale, q, k_cache, v_cache, lengths):
+def apply(params, q, k_cache, v_cache, lengths):
     """Return o [B,N,H]; a row of length 0 gives 0."""
     B, N, H = q.shape
     S, K = k_cache.shape[1:3]
     seen_B11S = (positions(S) < lengths.astype(jnp.int32)[:, None])[:, None, None]
-    logits = scale * dot("bkgh,bskh->bkgs", q.reshape(B, K, N // K, H), k_cache)
+    logits = params.scale * dot("bkgh,bskh->bkgs", q.reshape(B, K, N // K, H), k_cache)
     logits = jnp.where(seen_B11S, logits, -jnp.inf)
     top = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(top == -jnp.inf, 0, top))

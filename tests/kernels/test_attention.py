@@ -1,5 +1,7 @@
 """Attention: the suite in dense and blockwise form, an independent loop, memory and cuDNN."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,7 +113,7 @@ def test_long_sequences_make_no_square():
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x, ids)
     sizes = [int(np.prod(shape)) for shape in op_suite.shapes_in(jaxpr.jaxpr)]
-    assert max(sizes) <= 64 * T, max(sizes)
+    assert max(sizes) <= 128 * T, max(sizes)  # splash keeps a row's sum in 128 lanes
     assert len(sizes) > 100
 
 
@@ -201,3 +203,17 @@ def test_wrong_arguments_are_named():
         attention(q, q, q, q_offset=jnp.ones(3, jnp.int32))
     with pytest.raises(ValueError, match=r"lengths: expected \(2,\) integers, got \(2,\) float32"):
         attention_step(q[:, 0], q, q, jnp.ones(2))
+
+
+def test_layers_of_one_shape_are_lowered_once_and_named():
+    x = jnp.ones((1, 8, 2, 16))
+
+    def layers(x):
+        for _ in range(3):
+            x = attention(x, x, x)
+        return x.sum()
+
+    text = jax.jit(jax.grad(layers)).lower(x).as_text(debug_info=True)
+    for name in ("_run_forward", "_run_backward"):
+        assert text.count(f"func.func private @{name}") == 1
+        assert re.search(rf'"jit\({name}\)/attention=xla', text)
