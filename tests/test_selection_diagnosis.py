@@ -104,6 +104,17 @@ def test_knockout_of_the_circuit(context):
     assert np.array_equal(curve.right.mean(-1) > 0.5, needed)
 
 
+def test_depth_matched_orders_ablate_the_same_layers():
+    score = np.random.default_rng(0).uniform(size=(4, 6))
+    found = knockout.orders(score, 0, matched=True)
+    layers = found // 6
+    assert all(sorted(order) == list(range(24)) for order in found)
+    assert (layers[knockout.MATCHED] == layers[0]).all() and len(found[knockout.MATCHED]) == 20
+    assert not (layers[knockout.RANDOM] == layers[0]).all(1).any()
+    assert len(np.unique(found[knockout.MATCHED], axis=0)) == 20
+    assert np.array_equal(knockout.orders(score, 0), found[:21])
+
+
 def test_scores_do_not_depend_on_the_mesh(teacher, tmp_path):
     cfg = replace(SELECT, general="ppl", text_rows=8, text_tokens=32)
     found = []
@@ -138,7 +149,8 @@ def test_the_measuring_command(teacher, tmp_path, monkeypatch):
     assert set(got) == {
         "selection_seconds", "gini_mean", "share_above_0_01", "spearman_6_pairs",
         "top20_jaccard_6_pairs", "receiver_speedup", "shortcut_max_rel_diff",
-        "knockout_auc_causal", "knockout_auc_random_low", "qwen3_1p7b_selection_seconds",
+        "knockout_auc_causal", "knockout_auc_random_low", "knockout_auc_matched_low",
+        "qwen3_1p7b_selection_seconds",
     }  # fmt: skip
     assert got["share_above_0_01"] == pytest.approx(2 / 6)
     assert got["shortcut_max_rel_diff"] < 1e-4

@@ -5,6 +5,9 @@ hardly touch it. Ablated heads give their mean output, everything downstream is 
 
     AUC = area under the share of answer tokens said right, over the share of heads ablated,
           divided by the largest share: 1 = nothing is lost
+
+Random orders may hit other layers than the score does. Depth-matched ones take, at every step, a
+random head of the layer whose head the score takes there: what they keep is due to the head alone.
 """
 
 from dataclasses import dataclass
@@ -21,17 +24,18 @@ from hydrajax.selection.probes import Batch, batches
 from hydrajax.selection.scorers import Context
 from hydrajax.typing import Array, Bool, Float, Int
 
-ORDERS = 20  # random orders that make the band
+ORDERS = 20  # random orders that make a band
+RANDOM, MATCHED = slice(1, 1 + ORDERS), slice(1 + ORDERS, None)
 POINTS = 10
 STREAMS = 4  # ablated runs of a row that are walked together
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Share of answer tokens right, per order and point; the first order is by score."""
+    """Share of answer tokens right, per order and point: by score, random, depth-matched."""
 
     counts: Int[np.ndarray, "C"]  # heads ablated
-    right: Float[np.ndarray, "O C Q"]  # per order, point and pair
+    right: Float[np.ndarray, "O C Q"]  # per order, point and pair; O = 1 + ORDERS (+ ORDERS)
     total: int  # heads in all
 
     @property
@@ -41,7 +45,12 @@ class Curve:
 
     def band(self) -> tuple[float, float]:
         """95 % of the random orders' areas."""
-        low, high = np.percentile(self.auc[1:], [2.5, 97.5])
+        low, high = np.percentile(self.auc[RANDOM], [2.5, 97.5])
+        return float(low), float(high)
+
+    def matched_band(self) -> tuple[float, float]:
+        """95 % of the depth-matched orders' areas."""
+        low, high = np.percentile(self.auc[MATCHED], [2.5, 97.5])
         return float(low), float(high)
 
     def causal_band(self, draws: int = 1000) -> tuple[float, float]:
@@ -58,29 +67,31 @@ class Curve:
         return {
             "heads": self.total,
             "pairs": self.right.shape[-1],
-            "orders": len(shares) - 1,
+            "orders": ORDERS,
             "counts": self.counts.tolist(),
             "by_score": shares[0].tolist(),
-            "random_mean": shares[1:].mean(0).tolist(),
-            "random_band": np.percentile(shares[1:], [2.5, 97.5], axis=0).tolist(),
+            "random_mean": shares[RANDOM].mean(0).tolist(),
+            "random_band": np.percentile(shares[RANDOM], [2.5, 97.5], axis=0).tolist(),
             "auc_by_score": float(self.auc[0]),
             "auc_by_score_band": self.causal_band(),
             "auc_random_band": self.band(),
         }
 
 
-def measure(context: Context, score_LN: Float[np.ndarray, "L N"], per_probe: int) -> Curve:
+def measure(
+    context: Context, score_LN: Float[np.ndarray, "L N"], per_probe: int, *, matched: bool = False
+) -> Curve:
     """Curve of a score over the first pairs of each probe, up to the budget."""
     pairs = [pair for probe in context.probes for pair in probe.pairs[:per_probe]]
     parts = batches(pairs, context.cfg)
     counts = points(score_LN.size, context.cfg.ratio)
-    keep = masks(orders(score_LN, context.cfg.seed), counts, score_LN.shape)
+    keep = masks(orders(score_LN, context.cfg.seed, matched), counts, score_LN.shape)
     flat = keep.reshape(-1, *score_LN.shape)
     model = context.model
     with jax.default_matmul_precision("tensorfloat32"):
         means = ablation.prompt_means(model, [part for part, _ in parts])
         right = context.work.each(
-            "knockout",
+            "knockout_matched" if matched else "knockout",
             parts,
             lambda part: share_right(model, part[0], flat, means)[:, : part[1]],
         )
@@ -98,11 +109,17 @@ def points(total: int, ratio: float) -> Int[np.ndarray, "C"]:
     return np.unique(np.r_[0, np.round(np.geomspace(1, last, POINTS))]).astype(int)
 
 
-def orders(score: Float[np.ndarray, "L N"], seed: int) -> Int[np.ndarray, "O LN"]:
-    """The order by score, then random ones; flat head numbers."""
+def orders(
+    score: Float[np.ndarray, "L N"], seed: int, matched: bool = False
+) -> Int[np.ndarray, "O LN"]:
+    """The order by score, random ones and, if asked for, depth-matched ones; flat head numbers."""
     rng = np.random.default_rng(seed)
     best = np.lexsort((rng.permutation(score.size), -score.ravel()))
-    return np.stack([best, *(rng.permutation(score.size) for _ in range(ORDERS))])
+    out = [best, *(rng.permutation(score.size) for _ in range(ORDERS))]
+    for _ in range(ORDERS if matched else 0):
+        renamed = rng.permuted(np.arange(score.size).reshape(score.shape), axis=1)
+        out.append(renamed.ravel()[best])
+    return np.stack(out)
 
 
 def masks(order: Int[np.ndarray, "O LN"], counts: Int[np.ndarray, "C"], shape) -> np.ndarray:

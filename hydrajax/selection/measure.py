@@ -223,13 +223,20 @@ def full_forward_seconds(model: Model, parts: list[Batch], shape: tuple[int, int
 
 
 def measure_knockout(subject: Subject, result: Result) -> None:
-    """Ablate in the order of the `patch` score, and in random orders."""
+    """Ablate in the order of the `patch` score, in random orders and in depth-matched ones."""
     context, heads = subject.context, subject.heads
     effects = PairEffects.load(Path(subject.cfg.out) / "effects.npz")
-    curve = knockout.measure(context, effects.score(context.cfg.ie_floor), KNOCKOUT_PAIRS)
-    low, _ = curve.band()
-    figures = {"knockout_auc_causal": float(curve.auc[0]), "knockout_auc_random_low": low}
-    notes = curve.to_json() | {"scorer": heads["provenance"]["scorer"]}
+    score = effects.score(context.cfg.ie_floor)
+    curve = knockout.measure(context, score, KNOCKOUT_PAIRS, matched=True)
+    figures = {
+        "knockout_auc_causal": float(curve.auc[0]),
+        "knockout_auc_random_low": curve.band()[0],
+        "knockout_auc_matched_low": curve.matched_band()[0],
+    }
+    notes = curve.to_json() | {
+        "auc_matched_band": curve.matched_band(),
+        "scorer": heads["provenance"]["scorer"],
+    }
     result.add("knockout", figures, **notes)
 
 
