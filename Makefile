@@ -28,7 +28,7 @@ test: setup-dev  ## every test that this machine can run
 NEWEST := .venv-newest
 test-newest: $(NEWEST)/.installed  ## kernels in the interpreter of the newest jax, for an H100, for TPUs
 	JAX_PLATFORMS=cpu $(NEWEST)/bin/python -m pytest tests/kernels/test_dispatch.py \
-		tests/kernels/*mosaic* tests/kernels/test_aot_tpu.py
+		tests/kernels/*mosaic* tests/kernels/*aot_tpu.py
 
 lint: setup-dev
 	$(PY) -m ruff check .

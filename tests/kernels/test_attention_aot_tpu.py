@@ -17,6 +17,7 @@ CASES = {case.name: case for case in static_cases.CASES}
 CEILINGS = {
     "attn_fwd": {"v5e": 4271, "v5p": 4265, "v6e": 1772, "tpu7x": 1680},
     "attn_bwd": {"v5e": 10551, "v5p": 10551, "v6e": 3699, "tpu7x": 3860},
+    "attn_step": {"v5e": 2730, "v5p": 2935, "v6e": 2994, "tpu7x": 3042},
 }
 
 
