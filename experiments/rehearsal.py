@@ -65,6 +65,7 @@ def page() -> str:
     order = [name for name in CASES if name in found]
     order += [name for name in found if name not in CASES]
     rows = [(name, found[name]["rows"][0]) for name in order]
+    levels = {name: _level(found[name]) for name in order}
     chips = "\n".join(
         f"| {c.kind} | {c.peak / 1e12:.0f} | {c.hbm / GIB:.0f} | {c.hbm_bandwidth / 1e9:.0f} | "
         f"{c.ici_bandwidth / 1e9:.0f} |"
@@ -74,7 +75,7 @@ def page() -> str:
     refused = "\n\n".join(f"`{name}`: {row['message']}" for name, row in rows if not row["fits"])
     return PAGE_TEXT.format(
         table="\n".join(_line(name, row) for name, row in rows),
-        memory="\n".join(_memory(name, row) for name, row in rows),
+        memory="\n".join(_memory(name, row, levels[name]) for name, row in rows),
         implementations=_implementations(rows),
         refused=refused or "None of these.",
         chips=chips,
@@ -100,11 +101,18 @@ def _line(name: str, row: dict) -> str:
     )
 
 
-def _memory(name: str, row: dict) -> str:
+def _level(result: dict) -> str:
+    if "compile" not in result["rows"][0]["seconds"]:
+        return "not compiled"  # its state alone was too large
+    level = result["meta"]["optimization_level"]
+    return "default" if level == "UNKNOWN" else level
+
+
+def _memory(name: str, row: dict, level: str) -> str:
     names = ("parameters", "optimiser", "teacher", "activations", "other")
     cells = (row["memory_bytes"][key] for key in names)
     text = " | ".join("–" if cell is None else f"{cell / GIB:.2f}" for cell in cells)
-    return f"| {name} | {text} | {sum(row['seconds'].values()):.0f} |"
+    return f"| {name} | {text} | {sum(row['seconds'].values()):.0f} | {level} |"
 
 
 def _implementations(rows: list[tuple[str, dict]]) -> str:
@@ -133,11 +141,15 @@ FA heads are a quarter of all, drawn, the same number in every layer.
 ## Memory, GiB a device
 
 `activations` is what one micro-batch keeps for its backward pass, `other` is gradients, working
-space and code; the last column is how long tracing, lowering and compiling took, in seconds.
+space and code; the last columns say how long tracing, lowering and compiling
+took, on two busy cores.
 
-| case | parameters | optimiser | teacher | activations | other | compiled in, s |
-|---|---|---|---|---|---|---|
+| case | parameters | optimiser | teacher | activations | other | compiled in, s | compiler's level |
+|---|---|---|---|---|---|---|---|
 {memory}
+
+`O0` (`JAX_OPTIMIZATION_LEVEL=O0`) compiles faster, to a program that the compiler optimised less:
+memory and HBM traffic are then upper estimates.
 
 ## What does not fit
 

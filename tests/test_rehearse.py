@@ -30,6 +30,7 @@ from hydrajax.rehearse.roofline import roofline
 from hydrajax.rehearse.step import drawn_plan, implementations, subjects
 from hydrajax.rehearse.traffic import collectives, group_size, hbm_bytes
 from hydrajax.sharding import make_mesh
+from hydrajax.start import check_expected
 from hydrajax.trainer import jit_train_step
 from hydrajax.typing import UserError
 
@@ -380,6 +381,14 @@ def test_programs_tell_the_implementation_of_each_op():
     assert found.unknown_loops == 0
     sent = collectives(found, layout.mesh.size).sent
     assert sent["all-gather"] > 0 and sent["all-reduce"] + sent["reduce-scatter"] > 0
+
+
+def test_another_teacher_than_the_config_is_for_is_refused():
+    check_expected(None, CFG, "teachers/x")
+    check_expected(CFG, replace(CFG, max_context=64), "teachers/x")  # no matter of shapes
+    message = "teachers/x is not of config.model: width: expected 16, got 32"
+    with pytest.raises(UserError, match=message):
+        check_expected(CFG, replace(CFG, width=32), "teachers/x")
 
 
 def test_the_page_says_what_the_result_files_say():

@@ -5,14 +5,16 @@
 
 Compiled and simulated, nothing executed: memory and collectives are read from the executable, the
 step time is a roofline whose assumptions are printed. Exit code 2, with the knob to turn, when the
-step does not fit a device's HBM. Needs libtpu (`pip install libtpu`) and no TPU. A model of 28
-layers takes some minutes; JAX_OPTIMIZATION_LEVEL=O1 a third of that, with a worse program.
+step does not fit a device's HBM. Needs libtpu (`pip install libtpu`) and no TPU. Compiling 28 layers
+takes many minutes on two cores: JAX_OPTIMIZATION_LEVEL=O0 makes it fewer, for a program that is less
+optimised, and --config.select.alloc=per_layer, since layers of one shape share what is compiled.
 """
 
 import importlib.metadata
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -37,6 +39,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"leftover arguments {argv[1:]}; options are --config.data.rows=1024.")
     jax.config.update("jax_platforms", "cpu")  # nothing runs, on a TPU machine neither
     cfg, topology = RunConfig.from_dict(CONFIG.value), TOPOLOGY.value
+    meta = make_meta(cfg, topology)  # before the minutes in which the source may change
     layout, student = lay_out_on(cfg, devices_of(topology))
     print(
         f"{topology}: {layout.mesh.size} x {layout.device_kind}, mesh {dict(layout.mesh.shape)}; "
@@ -46,22 +49,26 @@ def main(argv: list[str]) -> None:
     row = make_row(topology, layout, student, compile_step(layout))
     print(screen(row), flush=True)
     if OUT.value:
-        write(Path(OUT.value), cfg, row)
+        write(Path(OUT.value), meta, row)
     if not row["fits"]:
         raise UserError(f"{topology}: {row['message']}")
 
 
-def write(path: Path, cfg: RunConfig, row: dict) -> None:
-    """The result file: meta, one row, summary."""
+def make_meta(cfg: RunConfig, topology: str) -> dict[str, Any]:
+    """Where the figures come from."""
     meta = make_lineage(["python", "-m", "hydrajax.rehearse", *sys.argv[1:]], None)
     del meta["parent"], meta["parent_hash"]
     meta["versions"]["libtpu"] = importlib.metadata.version("libtpu")
-    meta |= {
-        "device": f"{row['topology']}, compiled for and not executed on",
+    return meta | {
+        "device": f"{topology}, compiled for and not executed on",
         "seeds": {"run": cfg.seed, "select": cfg.select.seed, "data": cfg.data.seed},
         "optimization_level": jax.config.jax_optimization_level,
         "assumptions": list(ASSUMPTIONS),
     }
+
+
+def write(path: Path, meta: dict[str, Any], row: dict[str, Any]) -> None:
+    """The result file: meta, one row, summary."""
     summary = {k: row[k] for k in ("fits", "message", "bound", "step_s", "mfu") if k in row}
     body = {"meta": meta, "rows": [row], "summary": summary}
     path.parent.mkdir(parents=True, exist_ok=True)
