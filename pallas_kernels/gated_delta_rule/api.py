@@ -187,15 +187,18 @@ def _one(name: str, params: GatedDeltaParams, *operands):
 
 
 # Jitted, so that the layers of one shape are traced and lowered once a program and not once each.
+# What is lowered once has no scopes of its callers, hence the one inside.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_forward(name: str, params: GatedDeltaParams, *operands):
-    outputs = IMPLEMENTATIONS[name].forward(params, *operands)
+    with jax.named_scope(f"gated_delta_rule={name}"):
+        outputs = IMPLEMENTATIONS[name].forward(params, *operands)
     return outputs if params.residuals else outputs[:2]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_backward(name: str, params: GatedDeltaParams, *operands):
-    return IMPLEMENTATIONS[name].backward(params, *operands)
+    with jax.named_scope(f"gated_delta_rule={name}"):
+        return IMPLEMENTATIONS[name].backward(params, *operands)
 
 
 def _forward(choice, params, *operands):
