@@ -94,12 +94,9 @@ def backward(params, q, k, v, g, beta, runs, initial_state, x, states, do, dstat
     dg = last + jax.lax.cumsum(dc, axis=4, reverse=True)
 
     def summed(x):  # over the blocks of value heads that share a key head
-        x = x[:, :T].reshape(*q.shape[:2], -1, q.shape[3])
-        sharing = max(1, q.shape[2] and v.shape[2] // q.shape[2] // blocks.heads)
-        if sharing > 1:
-            x = x.reshape(*q.shape[:3], sharing, q.shape[3])
-            x = jnp.sum(x.astype(jnp.float32), 3).astype(q.dtype)
-        return x[:, :, : q.shape[2]]
+        x = x[:, :T].reshape(*q.shape[:2], -1, blocks.sharing, q.shape[3])
+        x = jnp.sum(x.astype(jnp.float32), 3) if blocks.sharing > 1 else x[:, :, :, 0]
+        return x[:, :, : q.shape[2]].astype(q.dtype)
 
     return (
         summed(dq),

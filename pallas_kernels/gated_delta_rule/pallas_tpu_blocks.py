@@ -59,10 +59,13 @@ class Blocks:
     def _chunk(self, n):
         return self.chunks - 1 - n if self.reverse else n
 
+    @property
+    def sharing(self) -> int:
+        """Blocks of value heads that share one key head; 1 where a block has its own."""
+        return max(1, self.value_heads // self.key_heads // self.heads)
+
     def _key_block(self, j):
-        """Blocks of several key heads have their own; else blocks of value heads share one."""
-        sharing = self.value_heads // self.key_heads // self.heads
-        return jax.lax.div(j, jnp.int32(sharing)) if sharing > 1 else j
+        return jax.lax.div(j, jnp.int32(self.sharing)) if self.sharing > 1 else j
 
     def of_keys(self) -> pl.BlockSpec:
         """[B, T, K H]"""
