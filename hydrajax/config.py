@@ -63,7 +63,7 @@ class HydraConfig:
     la_qkv_act: str = "none"  # none | silu
     la_gate: str = "silu"  # silu | sigmoid | none
     neg_eigval: bool = False  # beta in (0, 2) instead of (0, 1)
-    chunk: int = 64  # chunk length of the gated delta rule
+    chunk: int = 0  # of the gated delta rule; 0: what suits the device, 128 on TPU and 64 elsewhere
     fusion: str = "scale_norm"  # see hydra.Fusion
     norm_weight: str = "per_branch"  # per_branch | per_head | none
     gate_pos: str = "post_norm"  # post_norm | pre_norm
@@ -97,8 +97,8 @@ class HydraConfig:
                 "hydra.qkv_split=False ties K and V of both branches and needs la_kv='gqa', "
                 f"fa_kv='shared', got la_kv={self.la_kv!r}, fa_kv={self.fa_kv!r}."
             )
-        if self.chunk < 16 or self.chunk & (self.chunk - 1):
-            raise UserError(f"hydra.chunk must be a power of two >= 16, got {self.chunk}.")
+        if self.chunk and (self.chunk < 16 or self.chunk & (self.chunk - 1)):
+            raise UserError(f"hydra.chunk must be 0 or a power of two >= 16, got {self.chunk}.")
         if self.fa_logit_base <= 1:
             raise UserError(f"hydra.fa_logit_base must exceed 1, got {self.fa_logit_base}.")
 

@@ -204,7 +204,7 @@ class LinearHeads(nnx.Module):
         rule = functools.partial(
             gated_delta_rule,
             scale=self.head_dim**-0.5,
-            config=GatedDeltaConfig(chunk=self.hydra.chunk),
+            config=GatedDeltaConfig(chunk=self.hydra.chunk or None),
             implementation=self.implementation,
         )
         optional = {name: x for name, x in optional.items() if x is not None}
