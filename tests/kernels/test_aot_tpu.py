@@ -23,12 +23,12 @@ CEILINGS = {
     "gdn_step": {"v5e": 110, "v5p": 119, "v6e": 91, "tpu7x": 94},
     "gdn_fwd_documents": {"v5e": 4.7},
     "gdn_bwd_documents": {"v6e": 5.4},
-    "gdn_fwd_d64": {"v5e": 5.4},
-    "gdn_bwd_d64": {"v6e": 8.0},
-    "gdn_fwd_c64": {"v6e": 8.0},
-    "gdn_bwd_grouped": {"v5e": 6.5},
-    "gdn_fwd_f32": {"v5e": 16},
-    "gdn_bwd_f32": {"v6e": 30},
+    "gdn_fwd_d64": {"v5e": 5.0},
+    "gdn_bwd_d64": {"v6e": 6.4},
+    "gdn_fwd_c64": {"v6e": 6.3},
+    "gdn_bwd_grouped": {"v5e": 6.3},
+    "gdn_fwd_f32": {"v5e": 15.5},
+    "gdn_bwd_f32": {"v6e": 22},
 }
 
 
