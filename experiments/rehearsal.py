@@ -52,7 +52,13 @@ def run(names: list[str]) -> None:
         path = RESULTS / f"{name}.json"
         if path.is_file():
             continue
-        command = [sys.executable, "-m", "hydrajax.rehearse", *CASES[name], f"--out={path}"]
+        command = [
+            sys.executable,
+            "-m",
+            "hydrajax.rehearse",
+            *CASES[name],
+            f"--out={path.relative_to(REPO)}",
+        ]
         print(f"\n== {name}", flush=True)
         done = subprocess.run(command, cwd=REPO, check=False)
         if done.returncode not in (0, 2) or not path.is_file():
