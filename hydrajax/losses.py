@@ -48,7 +48,9 @@ def chunked_kl(
 
     def nats(xs_BtD, xt_BtD, weights_Bt):
         log_q = jax.nn.log_softmax(student.logits(xs_BtD) / temperature)
-        log_p = jax.nn.log_softmax(teacher.logits(xt_BtD) / temperature)
+        # Stopped here: gradients are taken of all that this closes over, the teacher's words too.
+        logits = jax.lax.stop_gradient(teacher.logits(xt_BtD))
+        log_p = jax.nn.log_softmax(logits / temperature)
         return jnp.sum(weights_Bt * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
     xs, xt = hidden
