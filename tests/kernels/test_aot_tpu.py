@@ -15,8 +15,8 @@ pytestmark = [
 CASES = {case.name: case for case in static.CASES}
 
 # Cycles of a token-head (`gdn_step`: of a head) that no change may pass, by case and chip: the
-# schedules of libtpu 0.0.48 and 0.0.50, whichever is longer, and 3 to 5 %. All kernels for all chips,
-# other shapes of them for one.
+# schedules of libtpu 0.0.48 and 0.0.50, whichever is longer, and 3 to 5 %. All kernels for all
+# chips, other shapes of them for one.
 CEILINGS = {
     "gdn_fwd": {"v5e": 4.7, "v5p": 4.85, "v6e": 4.5, "tpu7x": 4.65},
     "gdn_bwd": {"v5e": 6.3, "v5p": 6.55, "v6e": 5.3, "tpu7x": 5.4},
