@@ -78,6 +78,7 @@ def main(argv: list[str]) -> None:
     for path in layout.student.whole:
         say(f"heads kept whole on every device (mesh.model={mesh.shape['model']}): {path}")
     teacher_params = {} if layout.teacher is None else place_teacher(teacher(), layout.teacher)
+    teacher.cache_clear()  # its copy on the host
     programs, places = layout.programs, layout.places
     if start.resume is None:
         params = {path: jnp.asarray(p, jnp.float32) for path, p in start.params.items()}

@@ -165,6 +165,9 @@ memory and HBM traffic are then upper estimates.
 
 {implementations}
 
+Each row is of the commit that its file names. One without `pallas_tpu` is older than the TPU kernels;
+one that names no `gated_delta_rule` is older than that op's label.
+
 ## Assumptions
 
 {assumed}

@@ -166,6 +166,10 @@ def main() -> None:
     args = parser.parse_args()
     args.gpus = tuple(filter(None, args.gpus.split(",")))
     commands = tuple(args.commands.split(","))
+    if wrong := sorted(set(commands) - set(COMMANDS)):
+        parser.error(f"--commands: unknown {wrong}, expected some of {COMMANDS}")
+    if "eval" not in commands or not set(commands) & set(TRAINED):
+        parser.error(f"--commands: needs eval and one of {TRAINED}, got {commands}")
     variants = [Variant.parse(text, args.common) for text in args.variants]
     chains = {
         v.name: chain(args.family, v, commands, with_teacher=i == 0) for i, v in enumerate(variants)

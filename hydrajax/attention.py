@@ -26,7 +26,7 @@ from hydrajax.layers import (
     take_heads,
     weight,
 )
-from hydrajax.sharding import constrain, per_device
+from hydrajax.sharding import constrain, devices_of, per_device
 from hydrajax.typing import Array, Float, Int
 from pallas_kernels import attention, attention_step
 
@@ -163,9 +163,13 @@ class FullHeads(nnx.Module):
         )[0]
 
     def _spread(self, k: Float[Array, "B S K H"]) -> Array:
-        """Keys as the op wants them: equal groups as they are, ragged ones one per query head."""
-        group, rest = divmod(len(self.kv_of), self.num_kv)
-        if rest == 0 and self.kv_of == tuple(i // group for i in range(len(self.kv_of))):
+        """Keys as the op wants them: one per query head where groups are ragged, or where devices
+        split the query heads and cannot split the keys with them; else as they are."""
+        heads = len(self.kv_of)
+        group, rest = divmod(heads, self.num_kv)
+        parts = devices_of("fa_heads")
+        together = self.num_kv % parts == 0 or heads % parts
+        if together and rest == 0 and self.kv_of == tuple(i // group for i in range(heads)):
             return k
         return take_heads(k, self.kv_of)
 

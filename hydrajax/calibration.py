@@ -101,7 +101,9 @@ def inverse_softplus(y: np.ndarray) -> np.ndarray:
 def _walk(teacher: Model, rows: dict[str, Array]) -> Iterator[tuple]:
     """(l, block, its attention input [B, T, D], its head outputs [B, T, N, H], sequence)."""
     x = teacher.embed(rows["tokens"])
-    seq = teacher.sequence(rows["tokens"].shape, rows["segment_ids"], rows["positions"])
+    # As in training: the student's branches must not meet the scale that only inference has.
+    shape = rows["tokens"].shape
+    seq = teacher.sequence(shape, rows["segment_ids"], rows["positions"], training=True)
     for l, block in enumerate(teacher.layers):
         after, attn_in, head_out = _tapped(block, x, seq)
         yield l, block, attn_in, head_out, seq

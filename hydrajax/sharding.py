@@ -5,6 +5,7 @@ divides them. An axis that does not divide its mesh axis is replicated, never pa
 `replicated()` lists those for the start-up screen.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -113,6 +114,12 @@ def constrain(x: Array, *names: str | None) -> Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, dict(mesh.shape)))
+
+
+def devices_of(axis: str) -> int:
+    """Over how many devices the mesh in use would split a logical axis."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(sizes.get(name, 1) for name in RULES[axis])
 
 
 def per_device(op: Callable, axes_in: dict[str, Axes], axes_out: tuple[Axes, ...]) -> Callable:

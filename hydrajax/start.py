@@ -5,7 +5,7 @@ and hydra flags from there, and `config.hydra` is read at the transplant alone.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from hydrajax.typing import Params, UserError
 FREE_ON_RESUME = (
     "out", "train.log_every", "train.eval_every", "train.save_every", "train.keep",
     "train.profile", "train.tensorboard", "train.on_nonfinite", "mesh.", "kernels.", "select.",
-    "eval.",
+    "eval.", "hydra.chunk",
 )  # fmt: skip
 
 # Fields of a teacher that decide the shapes of its parameters.
 SHAPES = ("family", "vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads",
-          "head_dim", "tied_embeddings", "qk_norm")  # fmt: skip
+          "head_dim", "tied_embeddings", "qk_norm", "qkv_bias", "out_bias", "mlp_bias")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _find(
                 f"{cfg.parent} stopped at step {run.step} of {planned}; run its command again to "
                 "finish it, then this one."
             )
-        if cfg.hydra not in (HydraConfig(), info.hydra):
+        if replace(cfg.hydra, chunk=info.hydra.chunk) not in (HydraConfig(), info.hydra):
             story += " (its hydra flags hold; this config's differ and are not read)"
         return Start(story, info.model, info.hydra, info.plan, run.params, parent=info.path)
     if cfg.teacher and cfg.heads:

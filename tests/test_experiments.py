@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from experiments.jobs import Job, run_chains
-from experiments.road import COMMANDS, Variant, chain, gpu_seconds
+from experiments.road import COMMANDS, Variant, chain, gpu_seconds, main
 
 
 def commands(variant: Variant, names=COMMANDS, **options) -> dict[str, str]:
@@ -39,6 +39,18 @@ def test_a_variant_changes_the_commands_that_it_names_and_no_others():
 def test_an_unknown_key_is_named(wrong):
     with pytest.raises(SystemExit, match=f"'{wrong}': expected"):
         Variant.parse(f"a: {wrong}", "")
+
+
+@pytest.mark.parametrize(
+    "commands, words",
+    [("select,distil,eval", "unknown ['distil']"), ("select,eval", "one of"), ("align", "eval")],
+)
+def test_commands_that_lead_nowhere_are_refused(commands, words, monkeypatch, capsys, tmp_path):
+    arguments = ["road", "causal", f"--commands={commands}", f"--results={tmp_path / 'x.json'}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert words in capsys.readouterr().err
 
 
 def test_a_failed_chain_names_its_log_and_goes_on_where_it_stopped(tmp_path):

@@ -1,13 +1,20 @@
 """A kernel on a mesh: devices run their parts; results and gradients are those of one device."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from tiny_runs import CFG
 
-from hydrajax.attention import _AXES
-from hydrajax.config import MeshConfig
+from hydrajax import attention as attention_module
+from hydrajax.attention import _AXES, FullHeads
+from hydrajax.config import HydraConfig, KernelConfig, MeshConfig
 from hydrajax.deltanet import _HEADS, _RULE_AXES, _STATE, _STEP_AXES
+from hydrajax.head_plan import HeadPlan
+from hydrajax.layers import Sequence, rope_tables
 from hydrajax.sharding import make_mesh, one_device, per_device
 from pallas_kernels import attention, gated_delta_rule, gated_delta_step
 from pallas_kernels.dispatch import device_kind
@@ -117,3 +124,35 @@ def test_query_heads_stay_with_their_key_heads(heads, local):
         got = value_and_grads(per_device(op, _AXES, (_AXES["q"],)), given)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), got, want)
     assert seen[-1] == local
+
+
+@pytest.mark.parametrize(
+    "kv_heads, local", [(4, (2, 1)), (2, (2, 2)), (8, (2, 2))], ids=["groups", "spread", "own"]
+)
+def test_query_heads_are_split_also_where_their_keys_are_not(kv_heads, local, monkeypatch):
+    """Keys that do not divide are copied to their query heads; else every device would do all."""
+    cfg = replace(CFG, num_layers=1, num_heads=8, num_kv_heads=kv_heads, head_dim=8)
+    heads = FullHeads(
+        cfg, HydraConfig.teacher(), HeadPlan.all_full(1, 8, kv_heads).layer(0), 0,
+        KernelConfig(), nnx.Rngs(0),
+    )  # fmt: skip
+    x = jax.random.normal(jax.random.key(0), (2, 6, cfg.width))
+    run = nnx.jit(lambda heads, x: heads(x, sequence(x), None))
+    want, seen = run(heads, x), []
+    inner = attention_module.attention
+
+    def watched(q, k, v, **rest):
+        seen.append((q.shape[2], k.shape[2]))
+        return inner(q, k, v, **rest)
+
+    monkeypatch.setattr(attention_module, "attention", watched)
+    with jax.set_mesh(make_mesh(MeshConfig(1, 2, 4))):
+        got = nnx.jit(lambda heads, x: heads(x, sequence(x), None))(heads, x)
+    assert seen == [local]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def sequence(x):
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    cos, sin = rope_tables(CFG.rope, 8, positions)
+    return Sequence(positions, None, cos, sin, True)

@@ -218,8 +218,9 @@ def test_an_identity_convolution_passes_its_last_tap():
 
 
 def test_gamma_brings_each_head_to_the_teachers_loudness():
+    """As in training: the logit scale of inference, large here, must not be in it."""
     guide, data = teacher(SMALL), [rows(0), rows(1)]
-    base = HydraConfig(chunk=16, **PLAIN)
+    base = HydraConfig(chunk=16, fa_logit_base=20.0, **PLAIN)
     graph, _ = init_params(SMALL, base, SMALL_PLAN, 0, dtype=jnp.float32)
     unscaled, _ = transplant(guide, base, SMALL_PLAN, [], 0)
 
@@ -228,7 +229,8 @@ def test_gamma_brings_each_head_to_the_teachers_loudness():
         inputs = {k: batch[k] for k in ("tokens", "segment_ids", "positions")}
         _, taps = bind(guide.graphdef, t).hidden(**inputs, taps=("attn_in", "head_out"))
         model = bind(graph, s)
-        seq = model.sequence(batch["tokens"].shape, batch["segment_ids"], batch["positions"])
+        shape = batch["tokens"].shape
+        seq = model.sequence(shape, batch["segment_ids"], batch["positions"], training=True)
         return model.layers[0].attn(taps.attn_in[0], seq)[1], taps.head_out[0]
 
     pairs = [

@@ -21,6 +21,7 @@ def enlarged(config):
     """A run of Qwen3-1.7B for this teacher: shapes and folders change, nothing else."""
     for name in ("out", "parent", "teacher", "heads"):
         config[name] = config[name].replace(smaller.FAMILY, FAMILY)
+    config.eval.runs = tuple(run.replace(smaller.FAMILY, FAMILY) for run in config.eval.runs)
     if config.model and config.model.width == smaller.MODEL.width:  # no smoke run
         config.model = to_plain(MODEL)
     return config

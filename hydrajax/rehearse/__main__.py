@@ -39,8 +39,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"leftover arguments {argv[1:]}; options are --config.data.rows=1024.")
     jax.config.update("jax_platforms", "cpu")  # nothing runs, on a TPU machine neither
     cfg, topology = RunConfig.from_dict(CONFIG.value), TOPOLOGY.value
+    devices = devices_of(topology)  # says what is missing
     meta = make_meta(cfg, topology)  # before the minutes in which the source may change
-    layout, student = lay_out_on(cfg, devices_of(topology))
+    layout, student = lay_out_on(cfg, devices)
     print(
         f"{topology}: {layout.mesh.size} x {layout.device_kind}, mesh {dict(layout.mesh.shape)}; "
         "compiled and simulated, nothing executed",

@@ -73,7 +73,12 @@ IMPLEMENTATIONS = {
         backward=pallas_tpu.backward,
         platforms=("tpu",),
     ),
-    "splash": dispatch.Implementation(check=splash.check, apply=splash.apply, platforms=("tpu",)),
+    "splash": dispatch.Implementation(
+        check=splash.check,
+        check_device=splash.check_device,
+        apply=splash.apply,
+        platforms=("tpu",),
+    ),
 }
 TABLE = {"tpu": ("pallas_tpu", "splash", "xla"), "default": ("xla",)}
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.attention import step
 from pallas_kernels.attention.pallas_tpu import HEAD_DIMS, NAME
 from pallas_kernels.attention.pallas_tpu_tiles import NN, NT, dot
 from pallas_kernels.attention.pallas_tpu_visits import LANES
@@ -48,6 +49,7 @@ def block(params) -> int:
     return min(size, BLOCK, -(-S // LANES) * LANES)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply(params, q, k_cache, v_cache, lengths):
     """Return o [B,N,H]; a row of length 0 gives 0."""
     (B, _, K, H), N = k_cache.shape, q.shape[1]
@@ -135,3 +137,14 @@ def _kernel(exponent, lengths, q, k, v, o, m, l, acc):
 
 def _row(x):
     return jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+
+
+def _forward(params, *operands):
+    return apply(params, *operands), operands
+
+
+def _backward(params, operands, cotangent):
+    return jax.vjp(functools.partial(step.apply, params), *operands)[1](cotangent)
+
+
+apply.defvjp(_forward, _backward)

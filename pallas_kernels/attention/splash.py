@@ -6,6 +6,8 @@ It knows causal, local and full masks, packed documents and grouped heads. A row
 would get the mean of all values there, so that calls in which there can be one are declined.
 """
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 
@@ -13,14 +15,25 @@ from pallas_kernels.attention.pallas_tpu_visits import pad, pad_last, tiles_of
 from pallas_kernels.dispatch import decline
 
 NAME = "splash"
+MODULE = "jax.experimental.pallas.ops.tpu.splash_attention"  # jax may move it
 BLOCK = 1024
 COMPUTE = 512  # keys at a time in the forward: statically its best on v5e and v6e
 FUSED_BLOCKS = 4
 HEAD_DIMS = (64, 128, 256)
 
 
+def check_device(kind: str | None) -> None:
+    """Decline a device that is known to be no TPU: to build its masks takes seconds."""
+    if kind is not None and not kind.startswith("TPU"):
+        raise decline(NAME, "runs on TPU", kind)
+
+
 def check(params) -> None:
     """Decline what splash cannot do, or does otherwise than the definition."""
+    try:
+        importlib.import_module(MODULE)
+    except ImportError as error:
+        raise decline(NAME, f"needs {MODULE}", error) from error
     if params.dtype != jnp.bfloat16:
         raise decline(NAME, "takes bfloat16", params.dtype)
     if params.shape_q[3] not in HEAD_DIMS:
@@ -43,8 +56,7 @@ def check(params) -> None:
 def apply(params, q, k, v, q_ids, kv_ids, offset):
     """Return o [B,T,N,H]."""
     del offset  # declined above
-    from jax.experimental.pallas.ops.tpu import splash_attention
-
+    splash_attention = importlib.import_module(MODULE)
     tiles = tiles_of(params, BLOCK)
     # Keys that fill up a block lie behind every query; queries that do are cut off.
     q_BNTH, k_BKSH, v_BKSH = (

@@ -301,5 +301,7 @@ def summary(rows: list[dict], subject: str = "mosaic_gpu") -> dict[str, float]:
             keep("max_rel_err", worst, max)
             keep(f"max_rel_err_{row['inputs']}", worst, max)
         if row["what"] == "decode" and "share_of_copy" in row:
-            keep("decode_step_bandwidth_share", row["share_of_copy"], max)
+            name = row["implementation"]
+            name = "decode_step" if name == subject else f"decode_step_{name}"
+            keep(f"{name}_bandwidth_share", row["share_of_copy"], max)
     return found

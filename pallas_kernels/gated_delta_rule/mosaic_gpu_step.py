@@ -9,11 +9,13 @@ program donates is updated in place.
     B batch   K key heads   R value heads   H key dim   E value dim
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import decline
-from pallas_kernels.gated_delta_rule import mosaic_gpu
+from pallas_kernels.gated_delta_rule import mosaic_gpu, step
 from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import TILE, matrix
 
 NAME = mosaic_gpu.NAME
@@ -30,6 +32,7 @@ def check(params) -> None:
         raise decline(NAME, f"takes {', '.join(DTYPES)}", params.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply(params, q, k, v, g, beta, state):
     """Advance the state by one token; return (o [B,R,E], state)."""
     from jax.experimental import pallas as pl
@@ -76,7 +79,7 @@ def apply(params, q, k, v, g, beta, state):
             plgpu.Barrier(num_arrivals=4),
         )
 
-    step = pl.kernel(
+    advance = pl.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(v.shape, v.dtype),
         mesh=plgpu.Mesh(grid=(R, B, E // TILE), grid_names=("head", "batch", "columns")),
@@ -86,7 +89,7 @@ def apply(params, q, k, v, g, beta, state):
         name="gdn_step",
     )
     states = jax.new_ref(state)
-    o = step(q, k, v, jnp.exp(g), beta, states)
+    o = advance(q, k, v, jnp.exp(g), beta, states)
     return o, jax.freeze(states)
 
 
@@ -96,3 +99,14 @@ def _along_rows(ref, rows):
 
     x = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
     return jax.lax.broadcast_in_dim(x, (rows, TILE), [0])
+
+
+def _forward(params, *operands):
+    return apply(params, *operands), operands
+
+
+def _backward(params, operands, cotangents):
+    return jax.vjp(functools.partial(step.apply, params), *operands)[1](cotangents)
+
+
+apply.defvjp(_forward, _backward)

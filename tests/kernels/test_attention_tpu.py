@@ -17,6 +17,7 @@ from pallas_kernels.attention import (
     pallas_tpu_forward,
     pallas_tpu_step,
     pallas_tpu_tiles,
+    splash,
 )
 from pallas_kernels.attention.arg_specs import AttentionArgs
 from pallas_kernels.attention.pallas_tpu_visits import (
@@ -196,8 +197,6 @@ def test_a_missing_wait_is_seen(small_blocks, capsys, monkeypatch):
 # Only one batch row: the interpreter of jax 0.10.2 and 0.11.2 stumbles over batched kernels.
 @pytest.mark.parametrize("spec", ["documents", "window"])
 def test_splash_interpreted(spec, monkeypatch, capsys):
-    from pallas_kernels.attention import splash
-
     monkeypatch.setattr(splash, "BLOCK", 128)
     jax.clear_caches()
     with interpreted(capsys):
@@ -275,3 +274,23 @@ def test_steps_decline():
         x = jnp.ones((1, 8, 2, dim), dtype)
         with pytest.raises(NotImplementedError, match=f"^pallas_tpu: .*{words}"):
             attention_step(x[:, 0], x, x, jnp.ones(1, jnp.int32), implementation="pallas_tpu")
+
+
+def test_a_step_has_a_derivative():
+    """That of `xla`: where kernels are chosen, gradients must not be lost."""
+    q, caches = jnp.ones((2, 4, 64)), jnp.ones((2, 128, 2, 64))
+    lengths = jnp.array([3, 128], jnp.int32)
+
+    def loss(q, implementation):
+        return jnp.sum(attention_step(q, caches, caches, lengths, implementation=implementation))
+
+    shape = jax.eval_shape(jax.grad(functools.partial(loss, implementation="pallas_tpu")), q)
+    assert shape.shape == q.shape
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100 80GB HBM3"])
+def test_splash_is_not_traced_for_other_devices(kind):
+    with pytest.raises(NotImplementedError, match=f"splash: runs on TPU, got {kind}"):
+        splash.check_device(kind)
+    splash.check_device("TPU v5")
+    splash.check_device(None)  # unknown: a program may be lowered for a TPU from here

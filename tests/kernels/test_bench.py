@@ -104,7 +104,7 @@ def test_summary_takes_the_slower_gate():
     )
     assert found["fwd_ms_s1_2_3"] == 2.0 and found["fwd_vs_fla_s1_2_3"] == 0.667
     assert found["fwdbwd_vs_fla_s1_2_3"] == 2.0 and found["speedup_vs_xla_s1_2_3"] == 7.5
-    assert found["max_rel_err"] == 0.1 and found["decode_step_bandwidth_share"] == 0.4
+    assert found["max_rel_err"] == 0.1 and found["decode_step_xla_bandwidth_share"] == 0.4
 
 
 @pytest.mark.parametrize(

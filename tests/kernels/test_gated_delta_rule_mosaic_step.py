@@ -92,3 +92,16 @@ def test_declines_an_old_jax(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     with pytest.raises(NotImplementedError, match=r"^mosaic_gpu: needs jax >= 0.11 "):
         mosaic_gpu_step.check(None)
+
+
+@NEWEST
+def test_a_step_has_a_derivative():
+    """That of `xla`: where the kernel is chosen, gradients must not be lost."""
+    q, v, g = jnp.ones((2, 1, 64)), jnp.ones((2, 2, 64)), jnp.zeros((2, 2))
+    state = jnp.ones((2, 2, 64, 64))
+
+    def loss(q):
+        o, new = gated_delta_step(q, q, v, g, g + 1, state, implementation="mosaic_gpu")
+        return jnp.sum(o) + jnp.sum(new)
+
+    assert jax.eval_shape(jax.grad(loss), q).shape == q.shape
