@@ -75,22 +75,12 @@ def recurrence(scale, q, k, v, gates, t_inv, starts, residuals):
         jax.ShapeDtypeStruct(v.shape, dtype),
         jax.ShapeDtypeStruct((B, R, E, H), jnp.float32),
     ]
-    own = [matrix(dtype, W, C, C), matrix(dtype, W, C, TILE)]
     if residuals:
         out_type.append(jax.ShapeDtypeStruct((Z, B, R, H, E), dtype))
-        own.append(matrix(dtype, W, H, TILE))
-    shared = [matrix(dtype, SLOTS, *x) for x in ((2 * C, H), (C, E), (C, C))]
     kernel = plgpu.kernel(
         body,
         out_type=out_type,
-        scratch_types=[
-            [*shared, plgpu.SMEM((SLOTS, rows, C), jnp.float32)],
-            own,
-            [
-                plgpu.Barrier(num_arrivals=5, num_barriers=SLOTS),
-                plgpu.Barrier(num_arrivals=W, num_barriers=SLOTS),
-            ],
-        ],
+        scratch_types=_scratch(dtype, (C, H, E, W, rows), residuals),
         grid=(R, B, N),
         grid_names=("head", "batch", "segment"),
         num_threads=W,
@@ -102,6 +92,23 @@ def recurrence(scale, q, k, v, gates, t_inv, starts, residuals):
     )
     o, state, *states = kernel(q, k, v, t_inv, gates, starts)
     return o, state, states[0] if residuals else None
+
+
+def _scratch(dtype, dims, residuals):
+    """Two chunks that the block shares, what each warpgroup has of its own, and the barriers."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    C, H, E, W, rows = dims
+    shared = [matrix(dtype, SLOTS, *x) for x in ((2 * C, H), (C, E), (C, C))]
+    own = [matrix(dtype, W, C, C), matrix(dtype, W, C, TILE)]
+    return [
+        [*shared, plgpu.SMEM((SLOTS, rows, C), jnp.float32)],
+        [*own, matrix(dtype, W, H, TILE)] if residuals else own,
+        [
+            plgpu.Barrier(num_arrivals=5, num_barriers=SLOTS),
+            plgpu.Barrier(num_arrivals=W, num_barriers=SLOTS),
+        ],
+    ]
 
 
 class _Walk(NamedTuple):
