@@ -3,8 +3,8 @@
     python -m experiments.rehearsal run [NAME ...]     compile; results/rehearsal/NAME.json
     python -m experiments.rehearsal table              docs/rehearsal.md from these files
 
-Nothing is executed on a TPU, and none is needed: libtpu compiles (`pip install libtpu`). Minutes a
-case on two cores; cases whose file is there are left out, remove it to compile again.
+Nothing is executed on a TPU, and none is needed: libtpu compiles (`pip install 'jax[tpu]'`). It
+takes minutes a case on two cores; cases whose file is there are left out.
 """
 
 import json

@@ -2,7 +2,7 @@
 
     JAX_PLATFORMS=cpu python -m pallas_kernels.static --out results/kernels/tpu_static.json
 
-Needs libtpu (`pip install libtpu`, of the release that jax names). Figures are of the compiler's
+Needs libtpu (`pip install 'jax[tpu]'`). Figures are of the compiler's
 final schedule: nothing is executed, and waiting for HBM is not in them (`tpu_schedule`).
 `--ops` and `--chips` limit what is compiled; a kernel that fails says so in its row and the rest
 goes on.

@@ -157,7 +157,7 @@ def _rounded(shares: dict[str, float]) -> dict[str, float]:
 def unavailable() -> str | None:
     """Say why nothing can be compiled here; None if it can."""
     if libtpu_version() is None:
-        return "libtpu is not installed (pip install libtpu, of the release that jax names)"
+        return "libtpu is not installed (pip install 'jax[tpu]')"
     return None
 
 

@@ -400,7 +400,7 @@ def test_the_page_says_what_the_result_files_say():
 
 
 needs_libtpu = pytest.mark.skipif(
-    find_spec("libtpu") is None, reason="compiles for TPUs: pip install libtpu"
+    find_spec("libtpu") is None, reason="compiles for TPUs: pip install 'jax[tpu]'"
 )
 
 

@@ -5,7 +5,7 @@
 
 Compiled and simulated, nothing executed: memory and collectives are read from the executable, the
 step time is a roofline whose assumptions are printed. Exit code 2, with the knob to turn, when the
-step does not fit a device's HBM. Needs libtpu (`pip install libtpu`) and no TPU. 28 layers take
+step does not fit a device's HBM. Needs libtpu (`pip install 'jax[tpu]'`), no TPU. 28 layers take
 many minutes on two cores; JAX_OPTIMIZATION_LEVEL=O0 takes fewer, for a less optimised program, and
 so does --config.select.alloc=per_layer, since layers of one shape share what is compiled.
 """

@@ -68,7 +68,7 @@ def devices_of(topology: str) -> list:
         reason = " ".join(str(e).split())
         raise UserError(
             f"topology {topology!r}: {reason}. It is a chip and its grid, such as v5e:2x2, "
-            "v5p:8x8x16, v6e:16x16 or tpu7x:2x2x1, and needs libtpu (pip install libtpu)."
+            "v5p:8x8x16, v6e:16x16 or tpu7x:2x2x1, and needs libtpu (pip install 'jax[tpu]')."
         ) from e
 
 

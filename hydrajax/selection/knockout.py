@@ -43,14 +43,9 @@ class Curve:
         """Area of each order."""
         return area(self.counts, self.right.mean(-1))
 
-    def band(self) -> tuple[float, float]:
-        """95 % of the random orders' areas."""
-        low, high = np.percentile(self.auc[RANDOM], [2.5, 97.5])
-        return float(low), float(high)
-
-    def matched_band(self) -> tuple[float, float]:
-        """95 % of the depth-matched orders' areas."""
-        low, high = np.percentile(self.auc[MATCHED], [2.5, 97.5])
+    def band(self, orders: slice = RANDOM) -> tuple[float, float]:
+        """95 % of the areas of the random orders, or of the depth-matched ones."""
+        low, high = np.percentile(self.auc[orders], [2.5, 97.5])
         return float(low), float(high)
 
     def causal_band(self, draws: int = 1000) -> tuple[float, float]:

@@ -231,10 +231,10 @@ def measure_knockout(subject: Subject, result: Result) -> None:
     figures = {
         "knockout_auc_causal": float(curve.auc[0]),
         "knockout_auc_random_low": curve.band()[0],
-        "knockout_auc_matched_low": curve.matched_band()[0],
+        "knockout_auc_matched_low": curve.band(knockout.MATCHED)[0],
     }
     notes = curve.to_json() | {
-        "auc_matched_band": curve.matched_band(),
+        "auc_matched_band": curve.band(knockout.MATCHED),
         "scorer": heads["provenance"]["scorer"],
     }
     result.add("knockout", figures, **notes)
