@@ -215,12 +215,16 @@ def _error_rows(run: _Run) -> Iterator[dict]:
 
 
 def _kernel_rows(run: _Run, dims) -> Iterator[dict]:
-    """What peers ran, of what they have installed."""
+    """Which kernels ran, and for how long; the profiler comes with the peers."""
     arrays = draw(dims, "strong", run.options.seed)
-    for name, peer in run.loaded.items():
+    for name in run.options.implementations if run.loaded else ():
         row = {"what": "kernels", "implementation": name, "dims": dims}
         try:
-            yield row | {"kernels": peer.kernels(arrays)}
+            if name in run.ours:
+                program = _bound(programs(name, dims)["fwdbwd"](), "fwdbwd", arrays)
+            else:
+                program = run.loaded[name].programs(arrays)["fwdbwd"]
+            yield row | {"kernels": peers.kernels(program)}
         except Exception as error:
             yield row | {"error": describe(error)}
 
