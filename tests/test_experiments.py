@@ -1,9 +1,11 @@
 """The road's runner: commands of a variant, resumption of a chain, what a shared GPU counts."""
 
+import json
 import sys
 
 import pytest
 
+from experiments import curves
 from experiments.jobs import Job, run_chains
 from experiments.road import COMMANDS, Variant, chain, gpu_seconds, main
 
@@ -71,3 +73,42 @@ def test_chains_on_one_gpu_share_its_time():
     ran = [("0", "a", 5.0), ("0", "a", 4.0), ("0", "b", 7.0), ("1", "c", 2.0), ("", "d", 9.0)]
     rows = [{"what": "command", "gpu": g, "arm": a, "seconds": s} for g, a, s in ran]
     assert gpu_seconds([*rows, {"what": "eval"}]) == 11.0
+
+
+def curve(folder, losses, rates):
+    folder.mkdir()
+    lines = [
+        {"step": 10 * (i + 1), "train/loss": loss, "perf/tokens_per_s": rate}
+        for i, (loss, rate) in enumerate(zip(losses, rates, strict=True))
+    ]
+    lines.append({"step": 10 * len(losses), "eval/loss": losses[-1]})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return curves.row(folder.name, "train", 1.0, folder)
+
+
+def test_curves_are_told_apart_and_timed_without_the_first_interval(tmp_path):
+    base = curve(tmp_path / "xla", [2.0, 1.0], [1.0, 100.0])
+    same = curve(tmp_path / "again", [2.0, 1.0], [1.0, 100.0])
+    other = curve(tmp_path / "fast", [2.0, 1.1], [1.0, 250.0])
+    found = curves.summary([other, base, same])
+    assert found["fast_max_rel_diff"] == pytest.approx(0.1)
+    assert found["fast_rms_rel_diff"] == pytest.approx(0.1 / 2**0.5)
+    assert found["again_max_rel_diff"] == 0
+    assert found["fast_speedup"] == 2.5 and base["eval/loss"] == 1.0
+    assert not any(name.startswith("xla_max") for name in found)
+
+
+def test_curves_of_other_steps_are_refused(tmp_path):
+    long = curve(tmp_path / "long", [2.0, 1.0], [1.0, 1.0])
+    short = curve(tmp_path / "short", [2.0], [1.0])
+    with pytest.raises(ValueError, match="other steps"):
+        curves.summary([long, short, short])
+
+
+def test_a_curve_is_a_command_of_train(tmp_path):
+    line = str(curves.job("a: hydra.chunk=128", ["--config=x.py"], tmp_path))
+    assert line.endswith(
+        f"train.py --config=x.py --config.hydra.chunk=128 --config.out={tmp_path}/a"
+    )
+    with pytest.raises(SystemExit, match="expected 'name: key=value"):
+        curves.job("a: chunk", [], tmp_path)
