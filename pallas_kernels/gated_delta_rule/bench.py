@@ -25,6 +25,7 @@ from pallas_kernels.gated_delta_rule.workload import (
     exact,
     flops,
     named,
+    parts,
     programs,
     traffic,
 )
@@ -171,12 +172,10 @@ def _memory(program) -> dict[str, int]:
 
 def _figures(run: _Run, dims, times: dict[str, dict]) -> dict:
     """Milliseconds and the shares of what the device could do, of one implementation."""
-    kind = jax.devices()[0].device_kind
-    rate = next((rate for name, rate in RATES.items() if name in kind), float("inf"))
     found = {}
     for what, time in times.items():
         work, moved = flops(what, dims), traffic(what, dims)
-        floor = max(moved / run.copied, work / rate) * 1e3
+        floor = _floor(run, work, moved)
         found |= {f"{what}_{figure}": value for figure, value in time.items()} | {
             f"{what}_tflops": round(work / time["ms"] / 1e9, 2),
             f"{what}_gbps": round(moved / time["ms"] / 1e6, 1),
@@ -224,9 +223,28 @@ def _kernel_rows(run: _Run, dims) -> Iterator[dict]:
                 program = _bound(programs(name, dims)["fwdbwd"](), "fwdbwd", arrays)
             else:
                 program = run.loaded[name].programs(arrays)["fwdbwd"]
-            yield row | {"kernels": peers.kernels(program)}
+            found = peers.kernels(program)
+            yield row | {"kernels": found, "breakdown": _breakdown(run, dims, found)}
         except Exception as error:
             yield row | {"error": describe(error)}
+
+
+def _breakdown(run: _Run, dims, kernels: dict[str, float]) -> dict[str, dict]:
+    """Of the kernels that are ours: milliseconds beside what the work and the bytes would take."""
+    found = {}
+    for part, (work, moved) in parts(dims).items():
+        ms = sum(time for name, time in kernels.items() if name.startswith(part))
+        if ms:
+            floor = _floor(run, work, moved)
+            found[part] = {"ms": ms, "floor_ms": round(floor, 5), "share": round(floor / ms, 4)}
+    return found
+
+
+def _floor(run: _Run, work: float, moved: float) -> float:
+    """Milliseconds of so many FLOPs and bytes."""
+    kind = jax.devices()[0].device_kind
+    rate = next((rate for name, rate in RATES.items() if name in kind), float("inf"))
+    return max(moved / run.copied, work / rate) * 1e3
 
 
 def _decode_rows(run: _Run) -> Iterator[dict]:
@@ -236,7 +254,7 @@ def _decode_rows(run: _Run) -> Iterator[dict]:
     k, v = (jax.random.normal(jax.random.key(n), (B, R, d), jnp.bfloat16) for n in (0, 1))
     g = jnp.full((B, R), -0.1)
     moved = 2 * 4 * B * R * d * d + 4 * k.nbytes + 2 * g.nbytes
-    for name in api.STEPS:
+    for name in (n for n in api.STEPS if n in ("reference", *options.implementations)):
         row = {"what": "decode", "implementation": name, "dims": (B, R, d)}
         held = {"state": jnp.zeros((B, R, d, d))}
         step = functools.partial(api.gated_delta_step, implementation=name)

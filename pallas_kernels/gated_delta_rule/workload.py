@@ -28,6 +28,7 @@ __all__ = [
     "exact",
     "flops",
     "named",
+    "parts",
     "programs",
     "traffic",
 ]
@@ -139,6 +140,26 @@ def traffic(what: str, dims: tuple[int, int, int, int]) -> float:
     if what == "fwdbwd":
         moved += 7 * 2 * d + 2 * gates + inverse + states
     return B * T * R * moved
+
+
+def parts(dims: tuple[int, int, int, int]) -> dict[str, tuple[float, float]]:
+    """FLOPs and bytes of the Hopper kernels of `fwdbwd`, by how their names begin.
+
+    Bytes are of what each has to read and write; P is computed in three of them.
+    """
+    B, T, R, d = dims
+    square, pairs = d**2, CHUNK * d
+    wide, gates, inverse, state = 2 * d, 4, 2 * CHUNK, 2 * d**2 / CHUNK
+    of = {
+        "gdn_prepare": (2 * pairs, wide + 2 * gates + inverse),
+        "gdn_recurrence": (6 * pairs + 6 * square, 4 * wide + 2 * gates + inverse + state),
+        "gdn_sweep": (6 * pairs + 6 * square, 4 * wide + 2 * gates + inverse + state),
+        "gdn_gradients": (
+            16 * pairs + 8 * square,
+            8 * wide + 4 * gates + inverse + 2 * state,
+        ),
+    }
+    return {name: (B * T * R * work, B * T * R * moved) for name, (work, moved) in of.items()}
 
 
 def _unit(x):

@@ -79,6 +79,23 @@ def test_flops_and_bytes_are_those_of_the_design():
     assert workload.traffic("fwdbwd", ONE) == 2072 + 2448
 
 
+def test_kernels_do_the_work_of_the_whole_and_one_product_twice():
+    C, d = workload.CHUNK, 128
+    work, moved = (sum(part[n] for part in workload.parts(ONE).values()) for n in (0, 1))
+    assert work == workload.flops("fwdbwd", ONE) + 2 * C * d  # P, once more in the sweep
+    assert moved > workload.traffic("fwdbwd", ONE)
+
+
+def test_a_breakdown_names_our_kernels_alone():
+    options = gated_delta_rule.Options(implementations=("xla",))
+    run = gated_delta_rule._Run(options, timing.Clock(1), 1e9, {}, {})
+    kernels = {"gdn_sweep_kernel": 2.0, "gdn_sweep_2": 1.0, "wrapped_slice": 1.0}
+    found = gated_delta_rule._breakdown(run, ONE, kernels)
+    floor = workload.parts(ONE)["gdn_sweep"][1] / 1e6  # no rate of products is known here
+    want = {"ms": 3.0, "floor_ms": round(floor, 5), "share": round(floor / 3, 4)}
+    assert found == {"gdn_sweep": want}
+
+
 def test_summary_takes_the_slower_gate():
     def row(name, gates, fwd, both):
         times = {"fwd_ms": fwd, "fwd_residuals_ms": fwd, "fwdbwd_ms": both}
