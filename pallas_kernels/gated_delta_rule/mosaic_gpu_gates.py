@@ -24,7 +24,7 @@ def gate_rows(C, g, beta, runs):
         run = _chunk_rows(runs[..., None].astype(c.dtype), C, "edge")
         last = run[..., -1:]
         before = jnp.concatenate([run[:1, ..., :1], last[:-1]])
-        # Exponents are masked, not the exponentials; exact as in xla.py.
+        # Exponents are masked, not the exponentials; exact as in xla_chunks.py.
         a = jnp.where(run == before, a, -jnp.inf)
         z = jnp.where(run == last, z, -jnp.inf)
         y = jnp.where(last == before, y, -jnp.inf)

@@ -1,6 +1,6 @@
 """The inverses of all chunks on Hopper, a block each: A = beta tril(K K^T * D, -1), X = (I + A)^-1.
 
-The block ladder of xla.py on tensor cores, whose products have 64 rows whatever is in them:
+The block ladder of xla_inverse.py on tensor cores, whose products have 64 rows whatever is in them:
 
     X_21 = -X_22 A_21 X_11 in every 2b-block:      Y = spread(X) A_21      X <- X - spread(Y) X
 

@@ -1,298 +1,113 @@
-"""The gated delta rule in chunks of C tokens, forward and backward, as plain XLA.
+"""The gated delta rule as plain XLA: segments of a sequence, one after another.
 
-Per head and chunk, c = cumulative g inside the chunk, S = state at its start:
+What `xla_chunks.py` computes for all chunks of a segment at once takes memory for one of them, not
+for the sequence. The state goes from each to the next, its gradient the other way.
 
-    D_ij = exp(c_i - c_j) for i >= j else 0    a_i = exp(c_i)   z_i = exp(c_C - c_i)    y = exp(c_C)
-    A  = tril(beta_i K K^T * D, -1)    X  = (I + A)^-1           P  = scale tril(Q K^T * D)
-    R  = V - a K S                     V' = X (beta R)           O  = scale a Q S + P V'
-    S+ = y S + (z K)^T V'
-
-The recurrent scans hold only what the state depends on; everything else is batched over all the
-chunks before or after. The backward is derived in the README. Matmul operands have the input
-dtype; gates, the inverse, states and all sums are fp32 (float64 for float64 inputs).
-
-    B batch   Z chunks   C rows of a chunk (d, f its columns)   K key heads   G value heads per key
-    head   R = K G   H key dim   E value dim
+    B batch   T tokens   Z chunks   C rows of a chunk   R value heads   H key dim   E value dim
+    N segments of L chunks
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
-from pallas_kernels.precision import accumulator, dot
+from pallas_kernels.gated_delta_rule import xla_chunks
+from pallas_kernels.precision import accumulator
 
-# Chunks in one turn of the scans' loop: launches and slices of a turn are fused and overlap.
-UNROLL = 4
+# Of one [C,C] array of all chunks of a segment; some ten of them are alive at a time.
+SEGMENT_BYTES = 1 << 25
 
 
 def check(params) -> None:
     """Accept everything."""
 
 
-class Chunks(NamedTuple):
-    """One sequence cut into chunks; the chunk axis leads because the scans walk over it."""
-
-    q: Array  # [Z,B,K,C,H]
-    k: Array  # [Z,B,K,C,H]
-    v: Array  # [Z,B,K,G,C,E]
-    beta: Array  # [Z,B,K,G,C,1]
-    decay: Array  # [Z,B,K,G,C,C]   D, lower triangle with the diagonal
-    a: Array  # [Z,B,K,G,C,1]
-    z: Array  # [Z,B,K,G,C,1]
-    y: Array  # [Z,B,K,G,1,1]
-
-
 def forward(params, q, k, v, g, beta, runs, initial_state):
     """Return (o, last state, inverses [Z,B,R,C,C], states at the chunk starts [Z,B,R,H,E])."""
-    x = _chunks(params, q, k, v, g, beta, runs)
-    dtype = q.dtype
-    t_inv = unit_lower_inverse(_pairs(x)).astype(dtype)
+    N, _, operands = _segments(params, q, k, v, g, beta, runs)
 
-    def chunk(state, x):
-        k, v, beta, a, z, y, t_inv = x
-        s = state.astype(dtype)
-        r = beta * (v.astype(state.dtype) - a * dot("bkch,bkghe->bkgce", k, s))
-        v_new = dot("bkgcd,bkgde->bkgce", t_inv, r.astype(dtype))
-        added = dot("bkch,bkgce->bkghe", k, (z * v_new).astype(dtype))
-        return y * state + added, (s, v_new.astype(dtype))
+    def segment(state, n):
+        o, state, *residuals = xla_chunks.forward(
+            params, *(_tokens_of(x, n, N) for x in operands), state
+        )
+        return state, (o, *(residuals if params.residuals else ()))
 
-    state, (states, v_new) = jax.lax.scan(
-        chunk,
-        _grouped(initial_state, x),
-        (x.k, x.v, x.beta, x.a, x.z, x.y, t_inv),
-        unroll=UNROLL,
-    )
-    p = params.scale * _scores(x)
-    o = params.scale * x.a * dot("zbkch,zbkghe->zbkgce", x.q, states)
-    o = o + dot("zbkgcd,zbkgde->zbkgce", p.astype(dtype), v_new)
-    return (
-        _join(o, q.shape[1]).astype(dtype),
-        state.reshape(initial_state.shape),
-        _ungrouped(t_inv),
-        _ungrouped(states),
-    )
+    state, (o, *residuals) = _scan(segment, initial_state, N)
+    t_inv, states = (_whole(x, q, params) for x in residuals) if residuals else (None, None)
+    return _tokens(o, q), state, t_inv, states
 
 
 def backward(params, q, k, v, g, beta, runs, initial_state, t_inv, states, do, dstate):
     """Return the gradients of q, k, v, g, beta and the initial state."""
     del initial_state  # it is states[0]
-    x = _chunks(params, q, k, v, g, beta, runs)
-    dtype, T = q.dtype, q.shape[1]
-    acc = accumulator(dtype)
-    t_inv, states = _regrouped(t_inv, x), _regrouped(states, x)
-    do = _cut_values(do, x)
-    p = params.scale * _scores(x)
-    p_do = dot("zbkgdc,zbkgde->zbkgce", p.astype(dtype), do)
-    q_do = dot("zbkch,zbkgce->zbkghe", x.q, (params.scale * x.a * do.astype(acc)).astype(dtype))
+    N, L, operands = _segments(params, q, k, v, g, beta, runs)
+    chunked = [_fill(x, N * L, 0) for x in (t_inv, states)]
+    do = _fill(do, N * L * params.config.chunk, 1)
 
-    def chunk(dstate, x):
-        k, beta, a, z, y, t_inv, p_do, q_do = x
-        ds = dstate.astype(dtype)
-        dv_new = p_do + z * dot("bkch,bkghe->bkgce", k, ds)
-        dr = dot("bkgdc,bkgde->bkgce", t_inv, dv_new.astype(dtype))
-        removed = dot("bkch,bkgce->bkghe", k, (a * beta * dr).astype(dtype))
-        return y * dstate + q_do - removed, (ds, dr)
+    def segment(dstate, n):
+        of_chunks = (jax.lax.dynamic_slice_in_dim(x, n * L, L) for x in chunked)
+        of_tokens = (_tokens_of(x, n, N) for x in operands)
+        *grads, dstate = xla_chunks.backward(
+            params, *of_tokens, *of_chunks, _tokens_of(do, n, N), dstate
+        )
+        return dstate, grads
 
-    dstate, (dstates, dr) = jax.lax.scan(
-        chunk,
-        _grouped(dstate, x),
-        (x.k, x.beta, x.a, x.z, x.y, t_inv, p_do, q_do),
-        reverse=True,
-        unroll=UNROLL,
-    )
-    dq, dk, dg, dbeta = _gradients(params, x, t_inv, states, p, do, dstates, dr)
-    dv = x.beta * dr
-    return (
-        _join_keys(dq, T).astype(dtype),
-        _join_keys(dk, T).astype(dtype),
-        _join(dv, T).astype(dtype),
-        _join(dg, T)[..., 0],
-        _join(dbeta, T)[..., 0],
-        _ungrouped(dstate[None])[0],
-    )
+    dstate, grads = _scan(segment, dstate, N, reverse=True)
+    return *(_tokens(x, q) for x in grads), dstate
 
 
-def _gradients(params, x: Chunks, t_inv, states, p, do, dstates, dr):
-    """Gradients that no other chunk waits for, batched over all chunks."""
-    dtype, acc = x.q.dtype, accumulator(x.q.dtype)
-    r = x.v.astype(acc) - x.a * dot("zbkch,zbkghe->zbkgce", x.k, states)
-    v_new = dot("zbkgcd,zbkgde->zbkgce", t_inv, (x.beta * r).astype(dtype)).astype(dtype)
-    lower = _triangle(x.q.shape[-2])
-    dp = jnp.where(lower, dot("zbkgce,zbkgde->zbkgcd", do, v_new), 0)
-    strict = _triangle(x.q.shape[-2], -1)
-    da = jnp.where(strict, -dot("zbkgce,zbkgde->zbkgcd", dr.astype(dtype), v_new), 0)
-    pairs = _key_products(x)  # B, so that A = beta B and no division by beta is needed
-    e = dp * p + da * x.beta * pairs
-
-    # One key head serves G value heads: their parts are summed before the product, not after it.
-    dqk = jnp.sum(params.scale * dp * x.decay, 3).astype(dtype)
-    dkk = jnp.sum(x.beta * da * x.decay, 3)
-    dkk = (dkk + jnp.swapaxes(dkk, -1, -2)).astype(dtype)
-    dq_state = params.scale * x.a * dot("zbkgce,zbkghe->zbkgch", do, states)
-    dk_write = x.z * dot("zbkgce,zbkghe->zbkgch", v_new, dstates)
-    dk_read = -x.a * dot("zbkgce,zbkghe->zbkgch", (x.beta * dr).astype(dtype), states)
-    dq = jnp.sum(dq_state, 3) + dot("zbkcd,zbkdh->zbkch", dqk, x.k)
-    dk = dot("zbkdc,zbkdh->zbkch", dqk, x.q) + dot("zbkcd,zbkdh->zbkch", dkk, x.k)
-    dk = dk + jnp.sum(dk_write + dk_read, 3)
-
-    dbeta = jnp.sum(dr * r, -1, keepdims=True) + jnp.sum(da * pairs, -1, keepdims=True)
-    q_acc, k_acc = x.q.astype(acc)[:, :, :, None], x.k.astype(acc)[:, :, :, None]
-    written = jnp.sum(k_acc * dk_write, -1, keepdims=True)
-    dc = jnp.sum(e, -1, keepdims=True) - jnp.sum(e, -2)[..., None] - written
-    dc = dc + jnp.sum(q_acc * dq_state + k_acc * dk_read, -1, keepdims=True)
-    kept = jnp.sum(states.astype(acc) * dstates.astype(acc), (-2, -1), keepdims=True)
-    last = jnp.sum(written, -2, keepdims=True) + x.y * kept
-    dg = last + jax.lax.cumsum(dc, axis=dc.ndim - 2, reverse=True)
-    return dq, dk, dg, dbeta
+def segment_chunks(params) -> int:
+    """Chunks of a segment: as many as `SEGMENT_BYTES` holds, all segments about the same."""
+    C, (B, T, R, _) = params.config.chunk, params.shape_v
+    Z, size = -(-T // C), jnp.dtype(accumulator(params.dtype)).itemsize
+    most = max(1, SEGMENT_BYTES // (B * R * C * C * size))
+    return -(-Z // -(-Z // most))
 
 
-def unit_lower_inverse(a: Array) -> Array:
-    """Invert I + tril(a, -1) by the block ladder, without powers of a.
+def _segments(params, q, k, v, g, beta, runs):
+    """N, L and the operands filled up to N L chunks, with what comes before each token's run.
 
-    Repeated keys give a matrix whose powers reach 1e28 while its inverse stays near 1: series and
-    Newton iterations lose every digit there, the ladder none. X starts as the inverses of the 1x1
-    diagonal blocks; each level joins the two b-blocks of every 2b-block through the block L of a
-    below the diagonal, X_21 = -X_22 L X_11.
+    Rows added have beta = 0 and g = 0, which leave the state untouched, and they continue the last
+    document, so that they do not end it either.
     """
-    return jax.lax.platform_dependent(a, tpu=whole_ladder, default=block_ladder)
+    C, L = params.config.chunk, segment_chunks(params)
+    N = -(-q.shape[1] // (L * C))
+    operands = [_fill(x, N * L * C, 1) for x in (q, k, v, g, beta)]
+    if runs is None:
+        return N, L, (*operands, None, None)
+    runs = _fill(runs, N * L * C, 1, "edge")
+    # The first document owns the initial state.
+    return N, L, (*operands, runs, jnp.concatenate([runs[:, :1], runs[:, :-1]], 1))
 
 
-def whole_ladder(a: Array) -> Array:
-    """The ladder on whole matrices, X - X L X with the blocks L of all pairs at once.
-
-    A TPU pads the last two axes of an array to a tile of 8 x 128: small blocks would fill memory
-    with padding, and take the compiler longer than the rest of the layer.
-    """
-    row, column = jnp.arange(a.shape[-1])[:, None], jnp.arange(a.shape[-1])
-    x, width = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape), 1
-    while width < a.shape[-1]:
-        odd = (row // width) % 2 == 1
-        joined = jnp.where(odd & (column // width == row // width - 1), a, 0)
-        if width > 1:
-            joined = dot("...cd,...df->...cf", x, joined, "highest")
-            joined = dot("...cd,...df->...cf", joined, x, "highest")
-        x, width = x - joined, 2 * width
-    return x
+def _fill(x, size, axis, mode="constant"):
+    missing = size - x.shape[axis]
+    pads = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, pads, mode=mode) if missing else x
 
 
-def block_ladder(a: Array) -> Array:
-    """The ladder on the blocks alone."""
-    size, width = a.shape[-1], 1
-    x = jnp.ones((*a.shape[:-2], size, 1, 1), a.dtype)
-    while width < size:
-        joined = _diagonal_blocks(a, 2 * width)[..., width:, :width]
-        pairs = x.reshape(*x.shape[:-3], size // (2 * width), 2, width, width)
-        upper, lower = pairs[..., 0, :, :], pairs[..., 1, :, :]
-        corner = -_small_product(_small_product(lower, joined), upper)
-        top = jnp.concatenate([upper, jnp.zeros_like(upper)], -1)
-        x = jnp.concatenate([top, jnp.concatenate([corner, lower], -1)], -2)
-        width *= 2
-    return x[..., 0, :, :]
+def _tokens_of(x, n, N):
+    """The n-th of N parts of [B,T,...]."""
+    if x is None or N == 1:
+        return x
+    size = x.shape[1] // N
+    return jax.lax.dynamic_slice_in_dim(x, n * size, size, 1)
 
 
-def _small_product(a: Array, b: Array) -> Array:
-    """Multiply batches of small squares; below 16 rows a fused sum beats a batched matmul."""
-    if a.shape[-1] < 16:
-        return jnp.sum(a[..., :, :, None] * b[..., None, :, :], -2)
-    return dot("...cd,...df->...cf", a, b, "highest")
+def _scan(segment, state, N, reverse=False):
+    """Walk over the segments; results [N,...]."""
+    if N == 1:
+        state, results = segment(state, 0)
+        return state, jax.tree.map(lambda x: x[None], results)
+    return jax.lax.scan(segment, state, jnp.arange(N), reverse=reverse)
 
 
-def _diagonal_blocks(a: Array, width: int) -> Array:
-    """[..., C, C] -> [..., C / width, width, width]"""
-    starts = range(0, a.shape[-1], width)
-    return jnp.stack([a[..., i : i + width, i : i + width] for i in starts], -3)
+def _tokens(x, like):
+    """[N,B,T/N,...] -> [B,T,...], as many tokens as `like` has."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : like.shape[1]]
 
 
-def _chunks(params, q, k, v, g, beta, runs) -> Chunks:
-    C = params.config.chunk
-    B, T, K, _ = q.shape
-    Z, G = -(-T // C), v.shape[2] // K
-
-    def cut(x, mode="constant"):
-        x = jnp.pad(x, ((0, 0), (0, Z * C - T), *((0, 0),) * (x.ndim - 2)), mode=mode)
-        return x.reshape(B, Z, C, *x.shape[2:])
-
-    # Rows added up to a full chunk have beta = 0 and g = 0, which leave the state untouched, and
-    # they continue the last document, so that they do not end it either.
-    g_ZBKGC = cut(g).reshape(B, Z, C, K, G).transpose(1, 0, 3, 4, 2)
-    c_ZBKGC = jnp.cumsum(g_ZBKGC, -1)
-    lower = _triangle(C)
-    end_ZBKG1 = c_ZBKGC[..., -1:]
-    c_start, c_end, c_whole = c_ZBKGC, end_ZBKG1 - c_ZBKGC, end_ZBKG1
-    if runs is not None:
-        run_ZBC = cut(runs, "edge").transpose(1, 0, 2)
-        last_ZB1 = run_ZBC[..., -1:]
-        before_ZB1 = jnp.concatenate([run_ZBC[:1, :, :1], last_ZB1[:-1]])
-        lower = lower & (run_ZBC[..., :, None] == run_ZBC[..., None, :])[:, :, None, None]
-
-        def inside(same, exponent):
-            return jnp.where(same[:, :, None, None], exponent, -jnp.inf)
-
-        c_start = inside(run_ZBC == before_ZB1, c_start)
-        c_end = inside(run_ZBC == last_ZB1, c_end)
-        c_whole = inside(last_ZB1 == before_ZB1, c_whole)
-    # Exponents are masked before exp: above the diagonal they are positive and would overflow.
-    difference = jnp.where(lower, c_ZBKGC[..., :, None] - c_ZBKGC[..., None, :], -jnp.inf)
-    return Chunks(
-        q=cut(q).transpose(1, 0, 3, 2, 4),
-        k=cut(k).transpose(1, 0, 3, 2, 4),
-        v=cut(v).reshape(B, Z, C, K, G, -1).transpose(1, 0, 3, 4, 2, 5),
-        beta=cut(beta).reshape(B, Z, C, K, G).transpose(1, 0, 3, 4, 2)[..., None],
-        decay=jnp.exp(difference),
-        a=jnp.exp(c_start)[..., None],
-        z=jnp.exp(c_end)[..., None],
-        y=jnp.exp(c_whole)[..., None],
-    )
-
-
-def _triangle(size: int, offset: int = 0) -> Array:
-    return jnp.arange(size)[:, None] + offset >= jnp.arange(size)
-
-
-def _key_products(x: Chunks) -> Array:
-    """B = tril(K K^T * D, -1)  [Z,B,K,G,C,C]"""
-    products = dot("zbkch,zbkdh->zbkcd", x.k, x.k)[:, :, :, None] * x.decay
-    return jnp.where(_triangle(x.k.shape[-2], -1), products, 0)
-
-
-def _pairs(x: Chunks) -> Array:
-    return x.beta * _key_products(x)
-
-
-def _scores(x: Chunks) -> Array:
-    """tril(Q K^T * D)  [Z,B,K,G,C,C]"""
-    return dot("zbkch,zbkdh->zbkcd", x.q, x.k)[:, :, :, None] * x.decay
-
-
-def _cut_values(value: Array, x: Chunks) -> Array:
-    Z, B, K, G, C, E = x.v.shape
-    value = jnp.pad(value, ((0, 0), (0, Z * C - value.shape[1]), (0, 0), (0, 0)))
-    return value.reshape(B, Z, C, K, G, E).transpose(1, 0, 3, 4, 2, 5)
-
-
-def _join(value: Array, T: int) -> Array:
-    """[Z,B,K,G,C,E] -> [B,T,R,E]"""
-    Z, B, K, G, C, E = value.shape
-    return value.transpose(1, 0, 4, 2, 3, 5).reshape(B, Z * C, K * G, E)[:, :T]
-
-
-def _join_keys(key: Array, T: int) -> Array:
-    """[Z,B,K,C,H] -> [B,T,K,H]"""
-    return _join(key[:, :, :, None], T)
-
-
-def _grouped(state: Array, x: Chunks) -> Array:
-    """[B,R,H,E] -> [B,K,G,H,E]"""
-    return state.reshape(*x.v.shape[1:4], *state.shape[-2:])
-
-
-def _regrouped(value: Array, x: Chunks) -> Array:
-    return value.reshape(*x.v.shape[:4], *value.shape[-2:])
-
-
-def _ungrouped(value: Array) -> Array:
-    """[Z,B,K,G,.,.] -> [Z,B,R,.,.]"""
-    Z, B, K, G, *tail = value.shape
-    return value.reshape(Z, B, K * G, *tail)
+def _whole(x, q, params):
+    """[N,L,...] -> [Z,...]"""
+    chunks = -(-q.shape[1] // params.config.chunk)
+    return x.reshape(-1, *x.shape[2:])[:chunks]

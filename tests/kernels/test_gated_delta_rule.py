@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import GatedDeltaConfig, gated_delta_rule, gated_delta_step
-from pallas_kernels.gated_delta_rule import xla
+from pallas_kernels.gated_delta_rule import api, xla, xla_inverse
 from pallas_kernels.gated_delta_rule.arg_specs import SPECS
 from tests.helpers import assert_close
 from tests.kernels import op_suite
@@ -151,6 +151,56 @@ def test_rows_without_update_leave_the_state():
     assert_close("state", want, state, 1e-12)
 
 
+def xla_both(arrays, chunks, chunk=16):
+    """Outputs and gradients of `xla` with so many chunks in a segment, of ones as cotangents."""
+    x = _jax(arrays)
+    runs = api.run_numbers(x["segment_ids"]) if "segment_ids" in x else None
+    shapes, dtype = (x["q"].shape, x["v"].shape), x["q"].dtype
+    params = api.GatedDeltaParams(0.3, api.GatedDeltaConfig(chunk=chunk), *shapes, dtype, True)
+    B, _, R, E = shapes[1]
+    state = x.get("initial_state", jnp.zeros((B, R, shapes[0][-1], E), x["g"].dtype))
+    operands = *(x[name] for name in FLOAT_ARGS), runs, state
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "SEGMENT_BYTES", chunks * B * R * chunk**2 * x["g"].dtype.itemsize)
+        o, state, *kept = xla.forward(params, *operands)
+        grads = xla.backward(params, *operands, *kept, jnp.ones_like(o), jnp.ones_like(state))
+    return (o, state, *kept, *grads)
+
+
+@pytest.mark.parametrize("spec", ["grouped", "documents", "repeated"])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_segments_one_after_another_change_nothing(spec, chunks):
+    arrays = op_suite.draw(OP, spec)
+    assert arrays["q"].shape[1] > 2 * 16  # or there is only one
+    with jax.enable_x64(True):
+        want, got = xla_both(arrays, 1 << 20), xla_both(arrays, chunks)
+    for i, (a, b) in enumerate(zip(want, got, strict=True)):
+        assert a.shape == b.shape and a.dtype == b.dtype, i
+        assert_close(f"{spec} {i}", a, b, 1e-13)
+
+
+def test_a_long_sequence_takes_the_memory_of_a_segment():
+    def temporary(T, chunk=16):
+        shape, state = (1, T, 1, 16), jnp.zeros((1, 1, 16, 16))
+        params = api.GatedDeltaParams(
+            1.0, api.GatedDeltaConfig(chunk=chunk), shape, shape, jnp.dtype("float32"), True
+        )
+        wide, gate = (
+            jax.ShapeDtypeStruct(shape, "float32"),
+            jax.ShapeDtypeStruct(shape[:3], "float32"),
+        )
+        kept = [jax.ShapeDtypeStruct((T // chunk, 1, 1, 16, 16), "float32")] * 2
+        lowered = jax.jit(functools.partial(xla.backward, params)).lower(
+            wide, wide, wide, gate, gate, None, state, *kept, wide, state
+        )
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    with pytest.MonkeyPatch.context() as patch:
+        whole = temporary(1 << 15)
+        patch.setattr(xla, "SEGMENT_BYTES", 1 << 16)  # 64 chunks, a 32nd of it
+        assert temporary(1 << 15) < 0.5 * whole
+
+
 @pytest.mark.parametrize("size", [1, 4, 16, 64, 128])
 @pytest.mark.parametrize("keys", ["random", "repeated"])
 @pytest.mark.parametrize("ladder", ["block_ladder", "whole_ladder"])
@@ -159,7 +209,7 @@ def test_inverse(size, keys, ladder):
     k = rng.standard_normal((3, 1 if keys == "repeated" else size, 32))
     k = np.broadcast_to(k / np.linalg.norm(k, axis=-1, keepdims=True), (3, size, 32))
     a = np.tril(0.98 * k @ k.swapaxes(-1, -2), -1)
-    got = op_suite.jit(getattr(xla, ladder))(a.astype(np.float32))
+    got = op_suite.jit(getattr(xla_inverse, ladder))(a.astype(np.float32))
     assert_close("inverse", np.linalg.inv(np.eye(size) + a), got, 1e-6)
 
 
