@@ -140,6 +140,7 @@ class SelectConfig:
     ablation: str = "mean"  # mean | zero: what a head gives under scorer `ablate`
     duo_steps: int = 2000  # training steps of the gates of scorer `duo`
     sender_rounds: int = 2  # rounds of path patching; 0: receivers alone
+    sender_freeze: bool = True  # attention behind the receivers as in the clean run
     text_rows: int = 32  # rows of plain text (data.files, training part) for `ppl`
     text_tokens: int = 512  # tokens of such a row
     report: str = "full"  # full (knock-out, stability, agreement: minutes more) | scores

@@ -100,6 +100,7 @@ select.report
 select.rows
 select.scorer
 select.seed
+select.sender_freeze
 select.sender_rounds
 select.span_decay
 select.text_rows

@@ -64,7 +64,7 @@ class Run:
         return patching.metric(x, self.direction), outputs
 
 
-def path_patch(model, batch, sender, receivers, carriers):
+def path_patch(model, batch, sender, receivers, carriers, freeze=True):
     """Steps 1 to 3 by the book: three forward passes for one sender."""
     run, (layer, head) = Run(model, batch), sender
     m_clean, clean = run(batch.clean, lambda l, o: o)
@@ -78,23 +78,33 @@ def path_patch(model, batch, sender, receivers, carriers):
 
     run(batch.clean, step_1_and_2)
     swap = [receivers[l][:, None] & (l > layer) for l in range(L)]
-    m_path, _ = run(batch.clean, lambda l, o: jnp.where(swap[l], seen[l], clean[l]))
+    m_path, _ = run(
+        batch.clean, lambda l, o: jnp.where(swap[l], seen[l], clean[l] if freeze else o)
+    )
     return (m_clean - m_path) / (m_clean - m_corrupt)
 
 
 @pytest.mark.parametrize("carriers", [NONE, at((1, 0), (1, 3))], ids=["round 1", "round 2"])
-def test_senders_are_path_patches(case, carriers):
+@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "live"])
+def test_senders_are_path_patches(case, carriers, freeze):
     model, batch = case
     receivers = at((1, 1), (2, 0), (2, 2))
     want = np.zeros((4, L, N))
     for l, n in np.argwhere(ALL):
-        want[:, l, n] = path_patch(model, batch, (l, n), receivers, carriers)
-    got = paths.sender_effects(model, batch, paths.Roles(ALL, receivers, carriers))
+        want[:, l, n] = path_patch(model, batch, (l, n), receivers, carriers, freeze)
+    got = paths.sender_effects(model, batch, paths.Roles(ALL, receivers, carriers), freeze)
     assert np.abs(want[:, 0]).max() > 0.01 and not want[:, 2].any()
     assert_close("senders", want, got, 1e-4)
     some = at((0, 2), (1, 1))
-    few = paths.sender_effects(model, batch, paths.Roles(some, receivers, carriers))
+    few = paths.sender_effects(model, batch, paths.Roles(some, receivers, carriers), freeze)
     assert_close("wanted senders", np.where(some, want, 0), few, 1e-4)
+
+
+def test_what_the_receivers_say_is_heard_behind_them_only_without_freezing(case):
+    model, batch = case
+    roles = paths.Roles(ALL, at((1, 1)), NONE)  # layer 2 reads what layer 1 writes
+    frozen, live = (paths.sender_effects(model, batch, roles, freeze) for freeze in (True, False))
+    assert np.abs(frozen - live).max() > 1e-3
 
 
 def test_a_sender_without_receivers_behind_it_does_nothing(case):

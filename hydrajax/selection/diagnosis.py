@@ -22,12 +22,13 @@ from hydrajax.selection.probes import Batch, batches
 from hydrajax.selection.scorers import SCORERS, Context, Scores
 from hydrajax.selection.statistics import layer_ginis, spearman, top_jaccard
 from hydrajax.selection.work import Work
-from hydrajax.typing import Float
+from hydrajax.typing import Float, UserError
 
 RIVALS = ("patch_recv", "atp", "retrieval", "ppl")  # scorers cheap enough to be asked as well
 PAIR_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24)
 DRAWS = 20  # random subsets of pairs of each size
 KNOCKOUT_PAIRS = 3  # of each probe
+SHORTER = (2, 4)  # parts of the context at which stability is asked for
 EVERY = 16  # tokens between those whose residuals are compared
 
 
@@ -86,17 +87,24 @@ def split_halves(effects: PairEffects, cfg: SelectConfig, top: int) -> dict[str,
 
 
 def over_contexts(context: Context, top: int) -> list[dict[str, Any]]:
-    """Receiver scores at half the context against those at the whole one."""
-    whole = SCORERS["patch_recv"](context).score
-    tokens = context.cfg.context // 2
-    folder = context.work.folder and context.work.folder / f"context_{tokens}"
-    half = replace(
-        context,
-        cfg=replace(context.cfg, context=tokens),
-        load_model=lambda: context.model,
-        work=Work(folder, context.work.identity),
-    )
-    return [{"tokens": tokens, **compare(SCORERS["patch_recv"](half).score, whole, top)}]
+    """Receiver scores at shorter contexts against those at the whole one."""
+    whole, found = SCORERS["patch_recv"](context).score, []
+    for part in SHORTER:
+        tokens = context.cfg.context // part
+        folder = context.work.folder and context.work.folder / f"context_{tokens}"
+        shorter = replace(
+            context,
+            cfg=replace(context.cfg, context=tokens),
+            load_model=lambda: context.model,
+            work=Work(folder, context.work.identity),
+        )
+        try:
+            score = SCORERS["patch_recv"](shorter).score
+        except UserError as error:  # a needle may no longer fit: that is told, not the end of it
+            found.append({"tokens": tokens, "left_out": str(error)})
+            continue
+        found.append({"tokens": tokens, **compare(score, whole, top)})
+    return found
 
 
 def agreement(context: Context, scores: dict[str, np.ndarray], top: int) -> dict[str, Any]:

@@ -9,6 +9,9 @@ frozen, step 3 needs the receivers at the readouts alone, as in `patching`; step
 queries there and their keys everywhere, and step 1 is MLPs. In a second round the senders found in
 the first are carriers: recomputed in step 1 as well, so that a head counts that reaches the
 receivers through them. A round without carriers is the plain path patch.
+
+The paper does not say whether attention behind the receivers is frozen in step 3. With `freeze` off
+it is recomputed there, from the first receiver's layer to the last, of the whole sequence.
 """
 
 from dataclasses import dataclass
@@ -53,7 +56,9 @@ class Clean:
     gap: Float[Array, "B"]  # m(x) - m(x')
 
 
-def sender_effects(model: Model, batch: Batch, roles: Roles) -> Float[np.ndarray, "B L N"]:
+def sender_effects(
+    model: Model, batch: Batch, roles: Roles, freeze: bool = True
+) -> Float[np.ndarray, "B L N"]:
     """IE_send of the wanted heads on each pair of a batch; 0 for the others."""
     direction_BPD = patching.answer_direction(model, batch)
     clean = _run_clean(model, batch, roles, direction_BPD)
@@ -68,8 +73,11 @@ def sender_effects(model: Model, batch: Batch, roles: Roles) -> Float[np.ndarray
             x_RTD = streams.shifted(
                 model.layers[l], clean.resid[l], clean.attn_out[l], delta_BTMH, heads
             )
-            moved = _follow(model, l + 1, x_RTD, clean, (roles, batch))
-            m_BM = _read_out(model, moved, clean, direction_BPD)
+            if freeze:
+                moved = _follow(model, l + 1, x_RTD, clean, (roles, batch))
+                m_BM = _read_out(model, moved, clean, direction_BPD)
+            else:
+                m_BM = _live(model, l + 1, x_RTD, clean, (roles, batch), direction_BPD)
             effect_BM = (clean.metric[:, None] - m_BM) / clean.gap[:, None]
             out[:, l, heads[:count]] = jax.device_get(effect_BM)[:, :count]
     return out
@@ -115,14 +123,42 @@ def _follow(
             o_RPNH, _ = streams.attend_at(block, x, seq, at_RP)
             live_N = jnp.asarray(roles.receivers[l], jnp.float32)
             moved[l] = _change(block.attn.w_o[...], o_RPNH, clean.head_out_at[l], live_N)
-        if l == roles.last:
-            break
-        if roles.carriers[l].any():
-            live_N = jnp.asarray(roles.carriers[l], jnp.float32)
-            x = streams.carried(block, x, clean.attn_out[l], clean.head_out[l], live_N, seq)
-        else:
-            x = streams.frozen(block, x, clean.attn_out[l])
+        if l < roles.last:
+            x = _step_1(block, l, x, clean, roles, seq)
     return moved
+
+
+def _step_1(block, l: int, x: Float[Array, "R T D"], clean: Clean, roles: Roles, seq: Sequence):
+    """A layer of step 1: attention is the clean run's, but the carriers'."""
+    if not roles.carriers[l].any():
+        return streams.frozen(block, x, clean.attn_out[l])
+    live_N = jnp.asarray(roles.carriers[l], jnp.float32)
+    return streams.carried(block, x, clean.attn_out[l], clean.head_out[l], live_N, seq)
+
+
+def _live(
+    model: Model, first: int, x: Float[Array, "R T D"], clean: Clean, what: tuple, direction: Array
+) -> Float[Array, "B M"]:
+    """All three steps without freezing in the third: the runs of steps 1 and 3 walk side by side.
+
+    What is not a receiver is recomputed from step 3's own residual.
+    """
+    roles, batch = what
+    many = x.shape[0] // len(batch.at)
+    seq, y_RTD = streams.widen(clean.seq, many), None
+    for l in range(first, len(model.layers)):
+        block = model.layers[l]
+        if roles.receivers[l].any():
+            y_RTD = streams.repeat(clean.resid[l], many) if y_RTD is None else y_RTD
+            live_N = jnp.asarray(roles.receivers[l], jnp.float32)
+            y_RTD = streams.given(block, y_RTD, x, live_N, seq)
+        elif y_RTD is not None:
+            y_RTD = streams.plain(block, y_RTD, seq)
+        if l < roles.last:
+            x = _step_1(block, l, x, clean, roles, seq)
+    y_RPD = streams.gather(y_RTD, np.repeat(batch.at, many, axis=0))
+    m_R = patching.metric(streams.final_norm(model.norm, y_RPD), streams.repeat(direction, many))
+    return m_R.reshape(-1, many)
 
 
 @jax.jit

@@ -283,8 +283,9 @@ def _survivors(effect_LN: np.ndarray, floor: float) -> np.ndarray:
 def _send(context: Context, name: str, roles: paths.Roles, pairs: list) -> np.ndarray:
     # Residuals of whole sequences: TF32 keeps three digits of an effect and is ten times faster.
     with jax.default_matmul_precision("tensorfloat32"):
+        freeze = context.cfg.sender_freeze
         return context.on_pairs(
-            name, lambda batch: paths.sender_effects(context.model, batch, roles), pairs
+            name, lambda batch: paths.sender_effects(context.model, batch, roles, freeze), pairs
         )
 
 

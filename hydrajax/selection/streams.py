@@ -84,6 +84,22 @@ def carried(
 
 
 @jax.jit
+def given(
+    block: Block,
+    x: Float[Array, "R T D"],
+    other: Float[Array, "R T D"],
+    live: Float[Array, "N"],
+    seq: Sequence,
+) -> Float[Array, "R T D"]:
+    """A block on x whose heads with live = 1 say what they say on another residual."""
+    attn_out, o_RTNH = block.attn(block.attn_norm(x), seq)
+    _, other_RTNH = block.attn(block.attn_norm(other), seq)
+    change_RTNH = (other_RTNH - o_RTNH) * live[:, None]
+    change_RTD = jnp.einsum("rtnh,nhd->rtd", change_RTNH, block.attn.w_o[...].astype(x.dtype))
+    return block.after_attention(x + attn_out + change_RTD)
+
+
+@jax.jit
 def attend_at(
     block: Block, x: Float[Array, "R T D"], seq: Sequence, at: Int[Array, "R P"]
 ) -> tuple[Float[Array, "R P N H"], Float[Array, "R P N T"]]:
