@@ -4,7 +4,8 @@
 
 `--shapes 8x4096x16` (rows, tokens, heads) and `--implementations mosaic_gpu,xla` limit what is run;
 what fails says so in its row and the rest goes on; nothing new is begun when `--limit` seconds are
-over.
+over. With `--add` rows of an earlier run that this one does not measure stay in the file, if the
+device was the same; ratios are never of two runs.
 """
 
 import argparse
@@ -41,15 +42,39 @@ def main(arguments: list[str] | None = None) -> dict:
     arguments = sys.argv[1:] if arguments is None else arguments
     options, args = _parse(arguments)
     clock = Clock(args.limit)
-    op, found = OPS[args.op], []
-    report = {"meta": _meta(arguments, options.seed), "rows": found, "summary": {}}
+    op, meta = OPS[args.op], _meta(arguments, options.seed)
+    kept, before = _earlier(args.out, meta) if args.add else ([], [])
+    report = {"meta": meta | {"earlier_runs": before} if before else meta}
+    found = []
     for row in op.rows(options, clock):
-        found.append({"op": args.op} | row | {"at_s": round(args.limit - clock.left(), 1)})
-        report["summary"] = op.summary(found)
-        write(args.out, report)
+        row = {"op": args.op} | row | {"at_s": round(args.limit - clock.left(), 1)}
+        found.append(row | {"date": meta["date"]})
+        names = {_name(row) for row in found}
+        rows = [row for row in kept if _name(row) not in names] + found
+        write(args.out, report | {"rows": rows, "summary": op.summary(rows)})
         print(_line(found[-1]), flush=True)
+    report |= {"rows": rows, "summary": op.summary(rows)}
     print(json.dumps(report["summary"], indent=1))
     return report
+
+
+def _earlier(path: Path, meta: dict) -> tuple[list[dict], list[dict]]:
+    """Rows and metas of the runs that a file holds."""
+    if not path.is_file():
+        return [], []
+    old = json.loads(path.read_text())
+    if old["meta"]["device"] != meta["device"]:
+        sys.exit(f"{path} was measured on {old['meta']['device']}, this is {meta['device']}")
+    before = old["meta"].pop("earlier_runs", [])
+    rows = [{"date": old["meta"]["date"]} | row for row in old["rows"]]
+    return rows, [*before, old["meta"]]
+
+
+def _name(row: dict) -> tuple:
+    """What a row is of; the shape of time rows, so that implementations stay beside each other."""
+    if row["what"] == "time":
+        return ("time", row["shape"])
+    return tuple(row.get(key) for key in ("what", "implementation", "inputs"))
 
 
 def _parse(arguments):
@@ -58,12 +83,16 @@ def _parse(arguments):
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", type=_shapes, help="BxTxR,...")
     parser.add_argument("--implementations", type=lambda x: tuple(x.split(",")))
+    parser.add_argument("--parts", type=lambda x: tuple(x.split(",")))
+    parser.add_argument("--add", action="store_true")
     parser.add_argument("--limit", type=float, default=230.0, help="seconds")
     for name in ("dim", "repeats", "twin", "decode", "seed"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--seconds", type=float, help="about how long a repeat takes")
     args = parser.parse_args(arguments)
-    names = ("shapes", "implementations", "dim", "repeats", "twin", "decode", "seed", "seconds")
+    names = (
+        "shapes", "implementations", "parts", "dim", "repeats", "twin", "decode", "seed", "seconds"
+    )  # fmt: skip
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
         return OPS[args.op].Options(**given), args

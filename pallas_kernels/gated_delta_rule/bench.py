@@ -33,6 +33,7 @@ from pallas_kernels.timing import Clock, Program, describe, interleaved
 
 __all__ = ["Options", "rows", "summary"]
 
+PARTS = ("time", "decode", "error", "kernels")
 WHATS = ("fwd", "fwd_residuals", "fwdbwd")
 RATES = {"H100": 745e12, "H200": 745e12}  # bf16, an XLA product of 4096^3 on an H100
 DECODE_HEADS = 16
@@ -44,7 +45,8 @@ LATE = "not run: the time was up"
 class Options:
     """What to run: `shapes` are (B, T, R), `twin` the tokens of the row whose errors are measured.
 
-    `implementations` are ours and peers'; `decode` is B of the decode step, `seconds` about how
+    `implementations` are ours and peers'; all `parts` but `time` are of the first shape alone;
+    `decode` is B of the decode step, `seconds` about how
     long the calls of a repeat take.
     """
 
@@ -55,6 +57,7 @@ class Options:
         (8, 4096, 14),
     )
     implementations: tuple[str, ...] = ("mosaic_gpu", "fla", "flashqla", "xla")
+    parts: tuple[str, ...] = PARTS
     dim: int = 128
     repeats: int = 7
     seconds: float = 0.02
@@ -66,6 +69,8 @@ class Options:
         known = (*api.IMPLEMENTATIONS, *peers.PEERS)
         if unknown := [name for name in self.implementations if name not in known]:
             raise ValueError(f"implementations: expected some of {known}, got {unknown}")
+        if unknown := [name for name in self.parts if name not in PARTS]:
+            raise ValueError(f"parts: expected some of {PARTS}, got {unknown}")
 
 
 @dataclasses.dataclass
@@ -89,11 +94,15 @@ def rows(options: Options, clock: Clock) -> Iterator[dict]:
     yield {"what": "copy", "gbps": round(copied / 1e9, 1)}
     run = _Run(options, clock, copied, *_load_peers(options))
     for n, shape in enumerate(options.shapes):
-        yield from _time_rows(run, shape)
-        if n == 0:
-            yield from _decode_rows(run)
-            yield from _error_rows(run)
-            yield from _kernel_rows(run, (*shape, options.dim))
+        of = {
+            "time": lambda shape=shape: _time_rows(run, shape),
+            "decode": lambda: _decode_rows(run),
+            "error": lambda: _error_rows(run),
+            "kernels": lambda shape=shape: _kernel_rows(run, (*shape, options.dim)),
+        }
+        for part in PARTS if n == 0 else ("time",):
+            if part in options.parts:
+                yield from of[part]()
 
 
 def _time_rows(run: _Run, shape) -> Iterator[dict]:

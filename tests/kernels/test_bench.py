@@ -165,3 +165,24 @@ def test_a_peer_is_given_the_same_numbers_and_asked_for_the_same_gradients():
     assert found.keys() == {"o", "dq", "dk", "dv", "dg", "dbeta"} and max(found.values()) < 4e-3
     times, errors = timing.interleaved(peer.programs(arrays), 1, 0.0)
     assert times.keys() == {"fwd", "fwd_residuals", "fwdbwd"} and not errors
+
+
+def test_a_second_run_adds_to_the_first_and_mixes_no_ratios(tmp_path):
+    out = tmp_path / "gdn.json"
+    words = f"{TINY} --seconds 0 --out {out} --implementations xla"
+    bench.main(f"{words} --parts time,decode".split())
+    report = bench.main(f"{words} --shapes 1x128x1 --parts time --add".split())
+    shapes = [r["shape"] for r in rows(report, what="time")]
+    assert shapes == ["s1_64_1"] * 2 + ["s1_128_1"] * 2
+    assert len(rows(report, what="decode")) > 0 and len(rows(report, what="copy")) == 1
+    assert {r["date"] for r in report["rows"]} <= {
+        report["meta"]["date"],
+        report["meta"]["earlier_runs"][0]["date"],
+    }
+    again = bench.main(f"{words} --parts time --add".split())
+    assert len(again["rows"]) == len(report["rows"]) and len(again["meta"]["earlier_runs"]) == 2
+    other = json.loads(out.read_text())
+    other["meta"]["device"] = "1 x TPU v9"
+    out.write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="was measured on 1 x TPU v9"):
+        bench.main(f"{words} --add".split())
