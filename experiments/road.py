@@ -142,7 +142,7 @@ def report(args, finished: list[Done], variants: list[Variant]) -> dict:
         rows += [{"what": "eval", "arm": name} | row for row in evals[name]["rows"]]
     first = evals[names[0]]["meta"]
     meta = {
-        "command": ["python", *sys.argv],
+        "command": ["python", "-m", "experiments.road", *sys.argv[1:]],
         "commit": args.commit or first["commit"],
         "versions": first["versions"],
         "device": f"{max(len(args.gpus), 1)} x {first['device'].split(' x ')[-1]}",

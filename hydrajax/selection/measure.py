@@ -317,7 +317,9 @@ def main(argv: list[str]) -> None:
     cfg = RunConfig.from_dict(flags.FLAGS.config)
     if cfg.select.scorer != "patch":
         raise UserError(f"select.scorer={cfg.select.scorer}: this command measures patch.")
-    result = Result.open(Path(flags.FLAGS.result), ["python", "-m", *sys.argv], cfg)
+    result = Result.open(
+        Path(flags.FLAGS.result), ["python", "-m", "hydrajax.selection.measure", *sys.argv[1:]], cfg
+    )
     subject, name = Subject(cfg), flags.FLAGS.shape
     qwen = replace(cfg.select, context=flags.FLAGS.shape_context, rows=2)
     parts: dict[str, tuple[str, Callable[[], None]]] = {
