@@ -20,6 +20,7 @@ from hydrajax.command import run_command
 from hydrajax.config import RunConfig, to_plain
 from hydrajax.data.pipeline import eval_rows, make_pipeline
 from hydrajax.layout import Layout, Placed, lay_out
+from hydrajax.liveness import Liveness
 from hydrajax.loop import Loop, run_loop
 from hydrajax.metrics import MetricWriter, sparkline, train_flops_per_token
 from hydrajax.model import load_model
@@ -40,8 +41,13 @@ def main(argv: list[str]) -> None:
     if not cfg.out:
         raise UserError("config.out is empty; name the run's folder.")
 
-    # ---- devices -----------------------------------------------------------------------------
     distributed.start()
+    with Liveness():
+        train(cfg)
+
+
+def train(cfg: RunConfig) -> None:
+    # ---- devices -----------------------------------------------------------------------------
     mesh = make_mesh(cfg.mesh)
     say(f"{jax.device_count()} x {device_kind(mesh)}, mesh {dict(mesh.shape)}, run {cfg.out}")
 
@@ -67,10 +73,12 @@ def main(argv: list[str]) -> None:
     counts = [len(heads) for heads in start.plan.fa]
     say(f"FA heads a layer {sparkline(counts, start.plan.num_heads)} "
         f"({start.plan.num_fa} of {start.plan.num_layers * start.plan.num_heads})")  # fmt: skip
-    if start.resume is None and distributed.is_lead():
-        write_config(cfg.out, model=start.model, hydra=start.hydra, plan=start.plan,
-                     run=to_plain(cfg), lineage=make_lineage(sys.argv, start.parent))  # fmt: skip
-        save_tokenizer(tokenizer, cfg.out)
+    if start.resume is None:
+        lineage = make_lineage(sys.argv, start.parent)  # by all: processes read runs together
+        if distributed.is_lead():
+            write_config(cfg.out, model=start.model, hydra=start.hydra, plan=start.plan,
+                         run=to_plain(cfg), lineage=lineage)  # fmt: skip
+            save_tokenizer(tokenizer, cfg.out)
 
     # ---- programs and state ------------------------------------------------------------------
     teacher = functools.cache(lambda: read_teacher(cfg))

@@ -81,6 +81,7 @@ class CheckpointStore:
     ) -> None:
         """Copy to the host and return; files and manifest are written in the background.
 
+        `data` is the same on all processes, which walk over one stream: any number may resume.
         Raises `UserError` if this save cannot start, or if the one before it failed.
         """
         self.wait()
@@ -91,7 +92,7 @@ class CheckpointStore:
         if opt_state is not None:
             trees["opt_state"] = flatten(opt_state)
         arrays = {name: describe(tree) for name, tree in trees.items()}
-        positions = None if data is None else distributed.gather_json(data)
+        position = None if data is None else json.dumps(data).encode()  # as it is now
         try:
             self._prepare()
             with _orbax_context():
@@ -105,8 +106,8 @@ class CheckpointStore:
             response.result(timeout=SAVE_TIMEOUT_S)
             if distributed.is_lead():
                 folder = self._path(step)
-                if positions is not None:
-                    manifest.write_atomic(folder / DATA, json.dumps(positions).encode())
+                if position is not None:
+                    manifest.write_atomic(folder / DATA, position)
                 manifest.write(folder, step, arrays, meta or {})
                 self._whole.add(step)
                 self._prune()
@@ -266,13 +267,7 @@ class CheckpointStore:
         path = self._path(step) / DATA
         if not path.is_file():
             return None
-        positions = json.loads(path.read_bytes())
-        if len(positions) != jax.process_count():
-            raise UserError(
-                f"{path} is the data position of {len(positions)} processes, this run has "
-                f"{jax.process_count()}; resume with as many, or start another run from this one."
-            )
-        return positions[jax.process_index()]
+        return json.loads(path.read_bytes())
 
 
 def load_run(folder: str | Path, step: int | None = None) -> Run:

@@ -83,7 +83,7 @@ class Barriers:
         if is_lead():
             self._server = socket.create_server(("", 0), backlog=jax.process_count())
         port = self._server.getsockname()[1] if self._server else 0
-        self._address = tuple(gather_json([_own_address(), port])[0])
+        self._address = tuple(gather_json([own_address(), port])[0])
 
     def meet(self, name: str, timeout_s: float) -> None:
         """Wait for all processes; after `timeout_s` a `UserError` names those that are missing."""
@@ -189,7 +189,7 @@ def _settings(env: Any) -> dict[str, Any]:
     return {key: int(value) for key, value in given.items()}
 
 
-def _own_address() -> str:
+def own_address() -> str:
     """Address of the interface that leads outside; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

@@ -241,7 +241,14 @@ def test_resume_with_other_settings_is_refused(corpus, change, named):
         make_pipeline(config(corpus, **change), TOKENIZER).set_state(state)
 
 
-def test_resume_with_other_processes_is_refused(corpus):
-    state = make_pipeline(config(corpus), TOKENIZER).get_state()
-    with pytest.raises(UserError, match="process_count was 1, is 2"):
-        make_pipeline(config(corpus), TOKENIZER, process_count=2).set_state(state)
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+def test_two_processes_go_on_where_one_stopped(corpus, mix):
+    cfg = config(corpus, **mix)
+    one = make_pipeline(cfg, TOKENIZER)
+    take(one, 3)
+    state, want = one.get_state(), take(one, 2)
+    for index, half in enumerate((slice(0, 2), slice(2, 4))):
+        other = make_pipeline(cfg, TOKENIZER, process_index=index, process_count=2)
+        other.set_state(state)
+        mine = [{name: rows[half] for name, rows in batch.items()} for batch in want]
+        assert_same(take(other, 2), mine)

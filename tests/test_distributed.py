@@ -107,11 +107,11 @@ with Preemption() as preemption:
         multihost_utils.process_allgather(np.int32(step))  # a step of training
         if preemption.requested(step):
             break
-store.save(step, params=params, data={"process": me})
+store.save(step, params=params, data={"at": step})
 assert store.newest_valid() == step
 found = store.restore(step, {"params": target})
 shard = found["params"]["layers.0.w"].addressable_shards[0]
-assert (np.asarray(shard.data) == want[shard.index]).all() and found["data"] == {"process": me}
+assert (np.asarray(shard.data) == want[shard.index]).all() and found["data"] == {"at": step}
 store.close()
 print("left at", step, flush=True)
 try:

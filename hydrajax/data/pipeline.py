@@ -49,7 +49,7 @@ class Pipeline:
         return json.loads(json.dumps(state))  # a copy that no later batch changes
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue where `get_state` was called; refuses other data, settings or processes."""
+        """Continue where `get_state` was called; refuses other data or settings."""
         then, now = state["identity"], self._identity
         changed = [f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in now if then.get(k) != now[k]]
         if changed:
@@ -73,7 +73,6 @@ class Stream:
     tokenizer: Tokenizer
     split: str
     documents: Documents | None
-    process_count: int = 1
 
     @property
     def pad_id(self) -> int:
@@ -88,7 +87,6 @@ class Stream:
             **fields,
             "split": self.split,
             "tokenizer (hash)": self.tokenizer.fingerprint,
-            "process_count": self.process_count,
         }
 
     def rows(self, epochs: int | None = None) -> grain.IterDataset:
@@ -158,7 +156,7 @@ def make_pipeline(
     process_count: int = 1,
 ) -> Pipeline:
     """Return the endless batches of a split; this process gets its contiguous share of rows."""
-    stream = _open_stream(cfg, tokenizer, split, process_count)
+    stream = _open_stream(cfg, tokenizer, split)
     share = _share(cfg.rows, process_index, process_count)
     return Pipeline(stream.rows(), stream, share)
 
@@ -175,7 +173,7 @@ def eval_rows(
 
     The last batch is filled up with padding, and there are fewer rows where the text ends.
     """
-    stream = _open_stream(cfg, tokenizer, "holdout", process_count)
+    stream = _open_stream(cfg, tokenizer, "holdout")
     found = [row for row, _ in zip(stream.rows(epochs=1), range(rows), strict=False)]
     size = min(cfg.rows, -(-rows // process_count) * process_count)
     share = _share(size, process_index, process_count)
@@ -186,7 +184,7 @@ def eval_rows(
     ]
 
 
-def _open_stream(cfg: DataConfig, tokenizer: Tokenizer, split: str, processes: int) -> Stream:
+def _open_stream(cfg: DataConfig, tokenizer: Tokenizer, split: str) -> Stream:
     if split not in SPLITS:
         raise UserError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}.")
     if not cfg.files and not cfg.synthetic:
@@ -196,7 +194,7 @@ def _open_stream(cfg: DataConfig, tokenizer: Tokenizer, split: str, processes: i
     elif cfg.synthetic_share:
         raise UserError("data.synthetic_share > 0 needs data.synthetic, the name of a task.")
     documents = open_documents(cfg.files, cfg.text_key, tokenizer) if cfg.files else None
-    return Stream(cfg, tokenizer, split, documents, processes)
+    return Stream(cfg, tokenizer, split, documents)
 
 
 def _share(rows: int, process_index: int, process_count: int) -> slice:
