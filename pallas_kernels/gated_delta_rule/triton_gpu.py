@@ -10,6 +10,7 @@ has compiled such kernels wrongly without a word (fla-org/flash-linear-attention
     H key dim   E value dim
 """
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import decline
@@ -57,6 +58,16 @@ def forward(params, q, k, v, g, beta, runs, initial_state):
     return o, state, t_inv, states
 
 
-def precision(dtype) -> str:
-    """How Triton multiplies fp32 operands: as three products of TF32 parts, as good as fp32."""
-    return "tf32x3" if dtype == jnp.float32 else "tf32"
+def tiling(dtype, H: int, E: int) -> dict[str, int | str]:
+    """Warps of a block, W columns of a tile, and how operands are multiplied.
+
+    fp32 operands follow `jax_default_matmul_precision`: TF32 unless that asks for fp32, for which
+    Triton adds three products of TF32 parts.
+    """
+    wide = dtype == jnp.float32
+    exact = jax.config.jax_default_matmul_precision in ("highest", "float32", "F32_F32_F32")
+    return {
+        "warps": 8 if wide or max(H, E) > 64 else 4,
+        "W": 16 if wide else 32,
+        "HOW": "tf32x3" if wide and exact else "tf32",
+    }

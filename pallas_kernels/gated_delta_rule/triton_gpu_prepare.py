@@ -15,7 +15,7 @@ import jax
 import triton
 import triton.language as tl
 
-from pallas_kernels.gated_delta_rule.triton_gpu import precision
+from pallas_kernels.gated_delta_rule.triton_gpu import tiling
 from pallas_kernels.gated_delta_rule.triton_gpu_launch import launch
 from pallas_kernels.gated_delta_rule.triton_gpu_tiles import (
     BETA,
@@ -23,11 +23,9 @@ from pallas_kernels.gated_delta_rule.triton_gpu_tiles import (
     chunk_index,
     decay,
     load_gate,
-    load_rows,
+    products,
     token_index,
 )
-
-WARPS = 4
 
 
 def prepare(k, gates):
@@ -39,12 +37,11 @@ def prepare(k, gates):
         (k, gates, T),
         jax.ShapeDtypeStruct((Z, B, R, C, C), k.dtype),
         grid=(Z, R, B),
-        warps=WARPS,
         R=R,
         K=K,
         H=H,
         C=C,
-        PRECISION=precision(k.dtype),
+        **tiling(k.dtype, H, H) | {"warps": 4},
     )
 
 
@@ -58,17 +55,17 @@ def gdn_prepare(
     K: tl.constexpr,
     H: tl.constexpr,
     C: tl.constexpr,
-    PRECISION: tl.constexpr,
+    W: tl.constexpr,
+    HOW: tl.constexpr,
 ):
     n = tl.program_id(0)
     chunk, key_head = chunk_index(n, R), tl.program_id(1) // (R // K)
     gates += chunk * (GATES * C)
     k += (token_index(n, T, C) * K + key_head) * H
-    k_CH = load_rows(k, T - n * C, K * H, C, H)
-    products = tl.dot(k_CH, tl.trans(k_CH), input_precision=PRECISION)
+    scores = products(k, k, T - n * C, K * H, C, H, W, HOW)
     i = tl.arange(0, C)
     below = i[:, None] > i[None, :]
-    a = tl.where(below, load_gate(gates, BETA, C)[:, None] * products * decay(gates, C), 0.0)
+    a = tl.where(below, load_gate(gates, BETA, C)[:, None] * scores * decay(gates, C), 0.0)
     x = inverse(a)
     at = i[:, None] * C + i[None, :]
     tl.store(t_inv + chunk * (C * C) + at, x.to(t_inv.dtype.element_ty))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.gated_delta_rule.triton_gpu import precision
+from pallas_kernels.gated_delta_rule.triton_gpu import tiling
 from pallas_kernels.gated_delta_rule.triton_gpu_launch import launch
 from pallas_kernels.gated_delta_rule.triton_gpu_tiles import (
     BETA,
@@ -26,6 +26,7 @@ from pallas_kernels.gated_delta_rule.triton_gpu_tiles import (
     decay,
     load_gate,
     load_rows,
+    products,
     store_rows,
     token_index,
 )
@@ -35,7 +36,8 @@ def recurrence(k, v, gates, t_inv, initial_state):
     """Return V' [B,T,R,E], the states before all chunks [Z,B,R,H,E] and the last one [B,R,H,E]."""
     Z, B, R, _, C = gates.shape
     (T, K, H), E = k.shape[1:], v.shape[3]
-    W = 32
+    tiles = tiling(k.dtype, H, E)
+    stages = 2 if k.dtype == jnp.bfloat16 else 1  # fp32 tiles fill the memory of sm_86 once
     return launch(
         gdn_recurrence,
         (k, v, gates, t_inv, initial_state, T),
@@ -44,16 +46,14 @@ def recurrence(k, v, gates, t_inv, initial_state):
             jax.ShapeDtypeStruct((Z, B, R, H, E), v.dtype),
             jax.ShapeDtypeStruct(initial_state.shape, jnp.float32),
         ),
-        grid=(E // W, R, B),
-        warps=4,
-        stages=2,
+        grid=(E // tiles["W"], R, B),
         R=R,
         K=K,
         H=H,
         E=E,
         C=C,
-        W=W,
-        PRECISION=precision(k.dtype),
+        stages=stages,
+        **tiles,
     )
 
 
@@ -74,7 +74,7 @@ def gdn_recurrence(
     E: tl.constexpr,
     C: tl.constexpr,
     W: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HOW: tl.constexpr,
 ):
     first, r = tl.program_id(0) * W, tl.program_id(1)
     at = tl.arange(0, H)[:, None] * E + first + tl.arange(0, W)
@@ -91,12 +91,12 @@ def gdn_recurrence(
         beta, keep = load_gate(chunk_gates, BETA, C), tl.load(chunk_gates + KEEP * C)
         s = state.to(k.dtype.element_ty)
         tl.store(states + chunk * (H * E) + at, s)
-        read = a[:, None] * tl.dot(k_CH, s, input_precision=PRECISION)
+        read = a[:, None] * tl.dot(k_CH, s, input_precision=HOW)
         rest = beta[:, None] * (v_CW.to(tl.float32) - read)
-        new = tl.dot(x, rest.to(x.dtype), input_precision=PRECISION)
+        new = tl.dot(x, rest.to(x.dtype), input_precision=HOW)
         store_rows(v_new + (token * R + r) * E + first, new, rows, R * E, C, W)
         new = (z[:, None] * new).to(x.dtype)
-        state = tl.dot(tl.trans(k_CH), new, acc=keep * state, input_precision=PRECISION)
+        state = tl.dot(tl.trans(k_CH), new, acc=keep * state, input_precision=HOW)
     tl.store(last + head + at, state)
 
 
@@ -109,15 +109,13 @@ def read(scale, q, k, gates, states, v_new):
         (q, k, gates, states, v_new, T),
         jax.ShapeDtypeStruct(v_new.shape, v_new.dtype),
         grid=(Z, R, B),
-        warps=4,
         SCALE=scale,
         R=R,
         K=K,
         H=H,
         E=E,
         C=C,
-        W=32,
-        PRECISION=precision(k.dtype),
+        **tiling(k.dtype, H, E),
     )
 
 
@@ -137,15 +135,14 @@ def gdn_read(
     E: tl.constexpr,
     C: tl.constexpr,
     W: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HOW: tl.constexpr,
 ):
     n, r = tl.program_id(0), tl.program_id(1)
     chunk, token, rows = chunk_index(n, R), token_index(n, T, C), T - n * C
     gates += chunk * (GATES * C)
     key_rows = (token * K + r // (R // K)) * H
     q_CH = load_rows(q + key_rows, rows, K * H, C, H)
-    k_CH = load_rows(k + key_rows, rows, K * H, C, H)
-    scores = tl.dot(q_CH, tl.trans(k_CH), input_precision=PRECISION)
+    scores = products(q + key_rows, k + key_rows, rows, K * H, C, H, W, HOW)
     p = (SCALE * scores * decay(gates, C)).to(q_CH.dtype)
     a = SCALE * load_gate(gates, READ, C)
     states += chunk * (H * E)
@@ -153,6 +150,6 @@ def gdn_read(
     for first in range(0, E, W):
         s = tl.load(states + tl.arange(0, H)[:, None] * E + first + tl.arange(0, W))
         new = load_rows(v_new + value_rows + first, rows, R * E, C, W)
-        out = a[:, None] * tl.dot(q_CH, s, input_precision=PRECISION)
-        out = tl.dot(p, new, acc=out, input_precision=PRECISION)
+        out = a[:, None] * tl.dot(q_CH, s, input_precision=HOW)
+        out = tl.dot(p, new, acc=out, input_precision=HOW)
         store_rows(o + value_rows + first, out, rows, R * E, C, W)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.gated_delta_rule.triton_gpu import precision
+from pallas_kernels.gated_delta_rule.triton_gpu import tiling
 from pallas_kernels.gated_delta_rule.triton_gpu_launch import launch
 from pallas_kernels.gated_delta_rule.triton_gpu_tiles import (
     BETA,
@@ -28,6 +28,7 @@ from pallas_kernels.gated_delta_rule.triton_gpu_tiles import (
     decay,
     load_gate,
     load_rows,
+    products,
     store_rows,
     token_index,
 )
@@ -42,15 +43,13 @@ def answer(scale, q, k, gates, do):
         (q, k, gates, do, T),
         jax.ShapeDtypeStruct(do.shape, do.dtype),
         grid=(Z, R, B),
-        warps=4,
         SCALE=scale,
         R=R,
         K=K,
         H=H,
         E=E,
         C=C,
-        W=32,
-        PRECISION=precision(k.dtype),
+        **tiling(k.dtype, H, E),
     )
 
 
@@ -69,20 +68,18 @@ def gdn_answer(
     E: tl.constexpr,
     C: tl.constexpr,
     W: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HOW: tl.constexpr,
 ):
     n, r = tl.program_id(0), tl.program_id(1)
     token, rows = token_index(n, T, C), T - n * C
     gates += chunk_index(n, R) * (GATES * C)
     key_rows = (token * K + r // (R // K)) * H
-    q_CH = load_rows(q + key_rows, rows, K * H, C, H)
-    k_CH = load_rows(k + key_rows, rows, K * H, C, H)
-    scores = tl.dot(q_CH, tl.trans(k_CH), input_precision=PRECISION)
-    p_T = tl.trans((SCALE * scores * decay(gates, C)).to(q_CH.dtype))
+    scores = products(q + key_rows, k + key_rows, rows, K * H, C, H, W, HOW)
+    p_T = tl.trans((SCALE * scores * decay(gates, C)).to(do.dtype.element_ty))
     value_rows = (token * R + r) * E
     for first in range(0, E, W):
         do_CW = load_rows(do + value_rows + first, rows, R * E, C, W)
-        out = tl.dot(p_T, do_CW, input_precision=PRECISION)
+        out = tl.dot(p_T, do_CW, input_precision=HOW)
         store_rows(p_do + value_rows + first, out, rows, R * E, C, W)
 
 
@@ -90,7 +87,8 @@ def sweep(scale, q, k, gates, t_inv, do, p_do, dlast):
     """Return dV, dR~ [B,T,R,E], dS+ of all chunks [Z,B,R,H,E], dS of the first [B,R,H,E]."""
     Z, B, R, _, C = gates.shape
     (T, K, H), E = k.shape[1:], do.shape[3]
-    W = 32
+    tiles = tiling(k.dtype, H, E)
+    stages = 2 if k.dtype == jnp.bfloat16 else 1  # fp32 tiles fill the memory of sm_86 once
     return launch(
         gdn_sweep,
         (q, k, gates, t_inv, do, p_do, dlast, T),
@@ -100,17 +98,15 @@ def sweep(scale, q, k, gates, t_inv, do, p_do, dlast):
             jax.ShapeDtypeStruct((Z, B, R, H, E), do.dtype),
             jax.ShapeDtypeStruct(dlast.shape, jnp.float32),
         ),
-        grid=(E // W, R, B),
-        warps=4,
-        stages=2,
+        grid=(E // tiles["W"], R, B),
         SCALE=scale,
         R=R,
         K=K,
         H=H,
         E=E,
         C=C,
-        W=W,
-        PRECISION=precision(k.dtype),
+        stages=stages,
+        **tiles,
     )
 
 
@@ -135,7 +131,7 @@ def gdn_sweep(
     E: tl.constexpr,
     C: tl.constexpr,
     W: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HOW: tl.constexpr,
 ):
     first, r = tl.program_id(0) * W, tl.program_id(1)
     at = tl.arange(0, H)[:, None] * E + first + tl.arange(0, W)
@@ -157,14 +153,14 @@ def gdn_sweep(
         beta, keep = load_gate(chunk_gates, BETA, C), tl.load(chunk_gates + KEEP * C)
         ds = dstate.to(k.dtype.element_ty)
         tl.store(dstates + chunk * (H * E) + at, ds)
-        dv_new = z[:, None] * tl.dot(k_CH, ds, input_precision=PRECISION)
+        dv_new = z[:, None] * tl.dot(k_CH, ds, input_precision=HOW)
         dv_new = (dv_new + p_do_CW.to(tl.float32)).to(x.dtype)
-        dr_CW = tl.dot(tl.trans(x), dv_new, input_precision=PRECISION)
+        dr_CW = tl.dot(tl.trans(x), dv_new, input_precision=HOW)
         dv_CW = beta[:, None] * dr_CW
         store_rows(dr + value_rows, dr_CW, rows, R * E, C, W)
         store_rows(dv + value_rows, dv_CW, rows, R * E, C, W)
         read = (SCALE * a[:, None] * do_CW.to(tl.float32)).to(x.dtype)
         gone = (-a[:, None] * dv_CW).to(x.dtype)
-        dstate = tl.dot(tl.trans(q_CH), read, acc=keep * dstate, input_precision=PRECISION)
-        dstate = tl.dot(tl.trans(k_CH), gone, acc=dstate, input_precision=PRECISION)
+        dstate = tl.dot(tl.trans(q_CH), read, acc=keep * dstate, input_precision=HOW)
+        dstate = tl.dot(tl.trans(k_CH), gone, acc=dstate, input_precision=HOW)
     tl.store(dinitial + head + at, dstate)

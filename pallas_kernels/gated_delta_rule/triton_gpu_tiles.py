@@ -52,6 +52,26 @@ def store_rows(x, value, rows, stride: tl.constexpr, C: tl.constexpr, width: tl.
 
 
 @triton.jit
+def products(
+    x,
+    y,
+    rows,
+    stride: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    HOW: tl.constexpr,
+):
+    """X Y^T [C,C] of rows of H numbers, by W at a time: all at once would not fit in registers."""
+    total = tl.zeros((C, C), tl.float32)
+    for first in range(0, H, W):
+        x_CW = load_rows(x + first, rows, stride, C, W)
+        y_CW = load_rows(y + first, rows, stride, C, W)
+        total = tl.dot(x_CW, tl.trans(y_CW), acc=total, input_precision=HOW)
+    return total
+
+
+@triton.jit
 def load_gate(gates, which: tl.constexpr, C: tl.constexpr):
     """One row [C] of the gates [6,C] of a chunk."""
     return tl.load(gates + which * C + tl.arange(0, C))
