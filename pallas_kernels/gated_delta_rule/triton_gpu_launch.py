@@ -30,7 +30,7 @@ def jax_triton():
     cache = os.environ.get("TRITON_CACHE_DIR")
     try:
         import jax_triton
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # the latter from a jax newer than it
         raise decline(NAME, "needs jax-triton beside a CUDA build of jax", error) from None
     # Importing it empties this variable, and other users of Triton in the process would fail.
     if cache is None:

@@ -1,17 +1,20 @@
 """Run the Triton kernels on the CPU: Triton's interpreter on numpy arrays, in a process of its own.
 
 Triton decides while it is imported whether kernels are interpreted, so the process is started with
-TRITON_INTERPRET=1. There `launch` calls back from the compiled program. Neither a GPU nor jax-triton
-nor torch is needed, and all that surrounds the kernels, the op's derivative too, is as it is.
+TRITON_INTERPRET=1. There `launch` calls back from the compiled program. Neither a GPU nor
+jax-triton nor torch is needed, and all that surrounds the kernels, the op's derivative too, is as
+it is.
 
 The interpreter keeps bf16 as uint16; it multiplies such operands as integers and cuts digits off
-where a device rounds. Both are mended here, and that numpy 2.5 takes no array for an index.
+where a device rounds. Both are mended here, and that numpy 2.5 takes no array for an index. It also
+patches the language anew at every call of a function, which takes most of its time: once is enough.
 """
 
 import contextlib
 import importlib
 import multiprocessing
 import os
+import types
 from concurrent.futures import ProcessPoolExecutor
 
 import jax
@@ -47,6 +50,8 @@ def _mend_interpreter():
 
     builder = interpreter.InterpreterBuilder
     dot, cast, patch_tensor = builder.create_dot, builder.cast_impl, interpreter._patch_lang_tensor
+    patch_language, patched = interpreter._patch_lang, set()
+    scope = types.SimpleNamespace(restore=lambda: None)
 
     def cast_impl(self, x, target):
         source, target = x.dtype.scalar, target.scalar
@@ -67,8 +72,16 @@ def _mend_interpreter():
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    def patch_lang(function):
+        known = function.__globals__.values()
+        languages = frozenset(x.__name__ for x in known if x is tl or x is tl.core)
+        if languages not in patched:
+            patched.add(languages)
+            patch_language(function)
+        return scope
+
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
-    interpreter._patch_lang_tensor = patch_lang_tensor
+    interpreter._patch_lang, interpreter._patch_lang_tensor = patch_lang, patch_lang_tensor
     # Arguments are in host memory already.
     interpreter.GridExecutor._init_args_hst = lambda self, args, kwargs: (args, kwargs)
     interpreter.GridExecutor._restore_args_dev = lambda self, *_: None
