@@ -133,15 +133,15 @@ def gdn_pairs(
         dbeta_C += tl.sum(wide * rest, 1)
         dc_C -= beta * tl.sum(wide * read, 1)
 
-    qk = products(q + key_rows, k + key_rows, rows, K * H, C, H, W, HOW)
-    kk = products(k + key_rows, k + key_rows, rows, K * H, C, H, W, HOW)
     d = decay(gates, C)
     dp = tl.where(i[:, None] >= i[None, :], SCALE * dp, 0.0) * d
     tl.store(dqk + chunk * (C * C) + square, dp.to(dqk.dtype.element_ty))
+    e = dp * products(q + key_rows, k + key_rows, rows, K * H, C, H, W, HOW)
     da = tl.where(i[:, None] > i[None, :], -da, 0.0) * d
-    dbeta_C += tl.sum(da * kk, 1)
+    of_pairs = da * products(k + key_rows, k + key_rows, rows, K * H, C, H, W, HOW)
+    dbeta_C += tl.sum(of_pairs, 1)
+    e += beta[:, None] * of_pairs
     da *= beta[:, None]
-    e = dp * qk + da * kk
     tl.store(dkk + chunk * (C * C) + square, (da + tl.trans(da)).to(dkk.dtype.element_ty))
     dc_C += tl.sum(e, 1) - tl.sum(e, 0)
     dc_C += tl.where(i == C - 1, tl.load(gates + KEEP * C) * kept, 0.0)

@@ -116,9 +116,7 @@ def test_ops_name_their_implementations():
     g = jnp.zeros((1, 8, 2))
     with pytest.raises(ValueError, match=r"attention: .*'reference', 'splash', 'xla'\], got"):
         attention(q, q, q, implementation="flash")
-    with pytest.raises(
-        ValueError, match=r"gated_delta_rule: .*'triton_gpu', 'xla'\], got"
-    ):
+    with pytest.raises(ValueError, match=r"gated_delta_rule: .*'triton_gpu', 'xla'\], got"):
         gated_delta_rule(q, q, q, g, g, implementation="triton")
 
 
