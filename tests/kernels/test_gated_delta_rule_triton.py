@@ -174,7 +174,7 @@ def test_the_device_of_the_mesh_decides(kind, taken):
     """It is taken by the table for an Ampere or Ada mesh alone, and lowered for CUDA alone."""
     jax_triton_or_skip()
     found = traced(gradients, shapes(), kind)
-    assert ("gdn_sweep" in str(found.jaxpr)) == taken
+    assert ("triton_kernel_call" in str(found.jaxpr)) == taken
     mesh = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice(kind, 108, "gpu"))
     with jax.sharding.use_abstract_mesh(mesh):
         assert "triton_kernel_call" not in found.lower(lowering_platforms=("cpu",)).as_text()
@@ -203,7 +203,7 @@ def test_the_step_of_the_mesh_is_taken(kind):
 )
 def test_declines(changes, words):
     config = GatedDeltaConfig(chunk=changes.pop("chunk", 64))
-    with pytest.raises(NotImplementedError, match=f"^triton_gpu: {words}$"):
+    with pytest.raises(NotImplementedError, match=f"^triton_gpu: {words}"):
         jax.eval_shape(
             lambda x: gated_delta_rule(**x, config=config, implementation="triton_gpu"),
             shapes(**changes),
