@@ -24,11 +24,11 @@ test: setup-dev  ## every test that this machine can run
 	$(PY) -m pytest --numprocesses=2 --dist=loadfile
 
 # jax 0.11, which the Hopper kernels need, needs Python 3.12: an environment of its own, newest jax.
-# libtpu in it compiles for TPUs; none is needed.
+# libtpu in it compiles for TPUs, triton for NVIDIA's Ampere and Ada; none is needed.
 NEWEST := .venv-newest
-test-newest: $(NEWEST)/.installed  ## kernels in the interpreter of the newest jax, for an H100, for TPUs
+test-newest: $(NEWEST)/.installed  ## kernels in the interpreters, for an H100, Ampere and Ada, for TPUs
 	JAX_PLATFORMS=cpu $(NEWEST)/bin/python -m pytest tests/kernels/test_dispatch.py \
-		tests/kernels/*mosaic* tests/kernels/*aot_tpu.py
+		tests/kernels/*mosaic* tests/kernels/*triton.py tests/kernels/*aot_tpu.py
 
 lint: setup-dev
 	$(PY) -m ruff check .
@@ -51,7 +51,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(NEWEST)/.installed: setup.cfg
 	$(PYTHON_NEWEST) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --upgrade 'jax[tpu]' jaxtyping pytest pytest-timeout
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade 'jax[tpu]' jaxtyping pytest pytest-timeout \
+		'triton>=3.6,<3.7'
 	touch $@
 
 clean:

@@ -29,6 +29,7 @@ PACKAGES = (
     "jax",
     "jaxlib",
     "jax-cuda13-plugin",
+    "jax-triton",
     "torch",
     "triton",
     "fla-core",

@@ -142,9 +142,10 @@ def _first_accepted(names, implementations, spec, refusals) -> str | None:
     for name in names:
         implementation = implementations[name]
         try:
-            implementation.check(spec)
+            # The device first: `check` may import what only one kind of device has a use for.
             if implementation.check_device is not None:
                 implementation.check_device(device_kind())
+            implementation.check(spec)
         except NotImplementedError as refusal:
             refusals[name] = refusal
         else:

@@ -27,6 +27,9 @@ from pallas_kernels.gated_delta_rule import (
     pallas_tpu_step,
     reference,
     step,
+    triton_gpu,
+    triton_gpu_backward,
+    triton_gpu_step,
     xla,
 )
 from pallas_kernels.precision import accumulator
@@ -80,10 +83,17 @@ IMPLEMENTATIONS = {
         platforms=("tpu",),
     ),
     "reference": dispatch.Implementation(check=reference.check, apply=reference.apply),
+    "triton_gpu": dispatch.Implementation(
+        check=triton_gpu.check,
+        check_device=triton_gpu.check_device,
+        forward=triton_gpu.forward,
+        backward=triton_gpu_backward.backward,
+        platforms=("cuda",),
+    ),
     "xla": dispatch.Implementation(check=xla.check, forward=xla.forward, backward=xla.backward),
 }
 TABLE = {
-    "cuda": ("mosaic_gpu", "xla"),
+    "cuda": ("mosaic_gpu", "triton_gpu", "xla"),
     "tpu": ("pallas_tpu", "xla"),
     "default": ("xla",),
 }
@@ -102,10 +112,16 @@ STEPS = {
         platforms=("tpu",),
     ),
     "reference": dispatch.Implementation(check=reference.check, apply=reference.apply_step),
+    "triton_gpu": dispatch.Implementation(
+        check=triton_gpu_step.check,
+        check_device=triton_gpu.check_device,
+        apply=triton_gpu_step.apply,
+        platforms=("cuda",),
+    ),
     "xla": dispatch.Implementation(check=step.check, apply=step.apply),
 }
 STEP_TABLE = {
-    "cuda": ("mosaic_gpu", "xla"),
+    "cuda": ("mosaic_gpu", "triton_gpu", "xla"),
     "tpu": ("pallas_tpu", "xla"),
     "default": ("xla",),
 }

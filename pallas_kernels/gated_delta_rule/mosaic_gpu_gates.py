@@ -1,4 +1,4 @@
-"""Whole chunks and the gate rows that the Hopper kernels read beside q, k and v.
+"""Whole chunks, and the gate rows that kernels for GPUs, `triton_gpu` too, read beside q, k and v.
 
 With c the cumulative g of a chunk, r_i the document of row i, p that of the token before the chunk:
 

@@ -169,7 +169,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 @NEWEST
-@pytest.mark.parametrize("kind, taken", [(H100, True), ("NVIDIA A100-SXM4-40GB", False)])
+@pytest.mark.parametrize("kind, taken", [(H100, True), ("NVIDIA B200", False)])
 def test_the_device_of_the_mesh_decides(kind, taken):
     """It is taken by the table for a Hopper mesh alone, and lowered for no device but CUDA's."""
     mesh = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice(kind, 132, "gpu"))

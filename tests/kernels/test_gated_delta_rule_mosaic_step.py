@@ -71,7 +71,7 @@ def test_compiled_for_an_h100(dim, monkeypatch, capfd):
 
 
 @NEWEST
-@pytest.mark.parametrize("kind, taken", [("NVIDIA H200", True), ("NVIDIA L4", False)])
+@pytest.mark.parametrize("kind, taken", [("NVIDIA H200", True), ("NVIDIA B200", False)])
 def test_the_device_of_the_mesh_decides(kind, taken):
     mesh = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice(kind, 132, "gpu"))
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in draw()]
