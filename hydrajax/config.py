@@ -226,12 +226,13 @@ class DataConfig:
 class MeshConfig:
     """Devices along each mesh axis; -1 on one axis takes what is left."""
 
-    data: int = -1
-    fsdp: int = 1
-    model: int = 1
+    data: int = -1  # rows of a step
+    fsdp: int = 1  # rows as well; parameters and moments are split over it
+    context: int = 1  # tokens of a row, in equal parts; divides data.seq_len
+    model: int = 1  # heads, MLP width, vocabulary
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.model)
+        sizes = (self.data, self.fsdp, self.context, self.model)
         if sum(s == -1 for s in sizes) > 1 or any(s < 1 and s != -1 for s in sizes):
             raise UserError(f"mesh axes must be >= 1, at most one -1, got {sizes}.")
 

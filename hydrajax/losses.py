@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hydrajax.model import Model
+from hydrajax.sharding import devices_of
 from hydrajax.typing import Array, Float, Int
 
 
@@ -96,14 +97,19 @@ def sum_over_chunks(fn: Callable[..., Array], arrays: tuple[Array, ...], chunk: 
     """Sum of fn over pieces of the token axis, about `chunk` tokens of all rows at a time.
 
     Gradients flow to arrays[0] and to what fn closes over (the unembedding); the other arrays are
-    data. Pieces are cut from the token axis and not from flattened rows: rows stay where they are
-    sharded.
+    data. Rows and tokens stay where they are sharded: every device has a share of each piece.
     """
     batch, length = arrays[0].shape[:2]
-    piece = next(t for t in range(min(length, max(1, chunk // batch)), 0, -1) if length % t == 0)
-    x, *data = (
-        jnp.moveaxis(a.reshape(batch, length // piece, piece, *a.shape[2:]), 1, 0) for a in arrays
-    )
+    devices = devices_of("tokens")
+    shares = 1 if length % devices else devices
+    own, most = length // shares, max(1, chunk // (batch * shares))
+    piece = next(t for t in range(min(own, most), 0, -1) if own % t == 0)
+
+    def pieces(x: Array) -> Array:
+        x = jnp.moveaxis(x.reshape(batch, shares, own // piece, piece, *x.shape[2:]), 2, 0)
+        return x.reshape(own // piece, batch, shares * piece, *x.shape[4:])
+
+    x, *data = map(pieces, arrays)
     fn, weights = jax.closure_convert(fn, *(a[0] for a in (x, *data)))
     return _sum_over_pieces(fn, x, tuple(data), tuple(weights))
 

@@ -22,10 +22,14 @@ TAPS = ("attn_in", "attn_out", "head_out", "resid")
 
 DEFAULT_KERNELS = KernelConfig()
 
+# Where tokens are split, a GDN layer's states between devices are kept: small, and dear to redo.
+_PARTS = jax.checkpoint_policies.save_only_these_names("gdn_parts")
 REMAT = {
     "none": None,
-    "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": _PARTS,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _PARTS
+    ),
 }
 
 
@@ -68,7 +72,7 @@ class Block(nnx.Module):
 
 
 def constrain_rows(x: Array) -> Array:
-    return constrain(x, "batch", *(None,) * (x.ndim - 1))
+    return constrain(x, "batch", "tokens", *(None,) * (x.ndim - 2))
 
 
 class Model(nnx.Module):

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from pallas_kernels import rows
@@ -46,27 +47,28 @@ def over_parts(
 
 
 def _over_parts_fwd(op, axis_name, arrays, segment_ids, initial_state):
-    start, end, factors = _states(op, axis_name, arrays, segment_ids, initial_state)
+    states = _states(op, axis_name, arrays, segment_ids, initial_state)
+    start, end, factor = checkpoint_name(states, "gdn_parts")
     (o, _), backward = jax.vjp(
         lambda arrays, start: op(*arrays, segment_ids=segment_ids, initial_state=start),
         arrays,
         start,
     )
-    return (o, end), (backward, factors, segment_ids)
+    return (o, end), (backward, factor, segment_ids)
 
 
 def _over_parts_bwd(op, axis_name, residuals, cotangents):
-    backward, factors, segment_ids = residuals
+    backward, factor, segment_ids = residuals
     do, dend = cotangents
     dend = jax.lax.psum(dend, axis_name)  # every device returned that state
     _, added = backward((do, jnp.zeros_like(dend)))
-    added = jax.lax.all_gather(_joined(axis_name, added, segment_ids), axis_name)
+    maps = jax.lax.all_gather((factor, _joined(axis_name, added, segment_ids)), axis_name)
 
     def part(dstate, map):
         factor, added = map
         return dot("brhf,brhe->brfe", factor, dstate, "highest") + added, dstate
 
-    dstart, behind = jax.lax.scan(part, dend, (factors, added), reverse=True)
+    dstart, behind = jax.lax.scan(part, dend, maps, reverse=True)
     darrays, _ = backward((do, behind[jax.lax.axis_index(axis_name)]))
     # All devices hold the same initial state: its gradient is the sum of theirs.
     dstart = jnp.where(rows.first(axis_name), dstart, 0)
@@ -78,17 +80,21 @@ over_parts.defvjp(_over_parts_fwd, _over_parts_bwd)
 
 
 def _states(op, axis_name, arrays, segment_ids, initial_state) -> tuple[Array, Array, Array]:
-    """The states before this part and behind the last one, and the M of all parts [N,B,R,H,H]."""
+    """The states before this part and behind the last one, and M of this part [B,R,H,H].
+
+    M is 0 where a document begins with the part or in it.
+    """
     factor, added = _map(op, arrays, segment_ids)
-    maps = jax.lax.all_gather((_joined(axis_name, factor, segment_ids), added), axis_name)
+    factor = _joined(axis_name, factor, segment_ids)
+    maps = jax.lax.all_gather((factor, added), axis_name)
 
     def part(state, map):
         factor, added = map
         return dot("brhf,brfe->brhe", factor, state, "highest") + added, state
 
     end, before = jax.lax.scan(part, initial_state, maps)
-    start = before[jax.lax.axis_index(axis_name)]
-    return _joined(axis_name, start, segment_ids), end, maps[0]
+    start = _joined(axis_name, before[jax.lax.axis_index(axis_name)], segment_ids)
+    return start, end, factor
 
 
 def _map(op, arrays, segment_ids) -> tuple[Array, Array]:

@@ -91,9 +91,37 @@ def test_a_part_that_starts_a_document_knows_nothing_of_the_left():
     arrays["segment_ids"] = np.repeat(np.array([[3, 1]], np.int32), 24, axis=1)
     want, want_state = rule(RULE.specs["one_document"], "reference", **arrays)
     arrays["v"][:, :24] = 1e38
-    got, state = rule(RULE.specs["one_document"], "xla on 4", **arrays)
+    rule_on_parts = op_suite.jit(rule, static_argnums=(0, 1))
+    got, state = rule_on_parts(RULE.specs["one_document"], "xla on 4", **arrays)
     assert_close("o", want[:, 24:], got[:, 24:], 1e-6)
     assert_close("state", want_state, state, 1e-6)
+
+
+@pytest.mark.parametrize("saved, scans", [((), 11), (("gdn_parts",), 8)])
+def test_remat_may_keep_the_states_between_parts(saved, scans):
+    """Forward: two of the maps, their fold and the part; backward: two sweeps, a fold, and again
+    the forward, or without the maps where their results are kept."""
+    arrays = op_suite.draw(RULE, "one_document", "float32")
+    arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
+    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+    layer = jax.checkpoint(
+        lambda x: rule(RULE.specs["one_document"], "xla on 2", **x)[0], policy=policy
+    )
+    jaxpr = jax.make_jaxpr(jax.grad(lambda x: layer(x).sum()))(arrays)
+    assert count_scans(jaxpr.jaxpr) == scans
+
+
+def count_scans(jaxpr) -> int:
+    nested = (
+        getattr(inner, "jaxpr", inner)
+        for equation in jaxpr.eqns
+        if equation.primitive.name != "scan"
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        )
+    )
+    own = sum(equation.primitive.name == "scan" for equation in jaxpr.eqns)
+    return own + sum(count_scans(inner) for inner in nested if hasattr(inner, "eqns"))
 
 
 def attend(spec, implementation, q, k, v, q_ids=None, kv_ids=None, q_offset=None):
