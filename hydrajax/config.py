@@ -258,7 +258,7 @@ class StageConfig:
     kl_weight: float = 0.0  # extend: KL beside the cross entropy
     kl_temperature: float = 1.0
     calibration_tokens: int = 65_536  # align: tokens that set gamma at the transplant
-    loss_chunk: int = 8192  # tokens, of all rows, whose logits exist at a time
+    loss_chunk: int = 4096  # tokens of a device whose logits exist at a time
     remat: str = "block"  # none | block | dots (keep matmul outputs)
     compute_dtype: str = "bfloat16"  # bfloat16 | float32
     log_every: int = 10

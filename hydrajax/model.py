@@ -4,6 +4,7 @@ Modules give structure only. Outside of them parameters are one flat dict, path 
 `graphdef, params = split_params(model)`, and inside a jitted function `bind(graphdef, params)`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -146,7 +147,13 @@ class Model(nnx.Module):
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Unembedding of hidden states, fp32."""
-        return self.embed.attend(x) if self.unembed is None else self.unembed(x)
+        logits, words = self.unembedding()
+        return logits(words, x)
+
+    def unembedding(self) -> tuple[Callable[[Array, Array], Array], Array]:
+        """`logits(words, x)` and the words, for losses that walk over tokens with them."""
+        layer = self.embed if self.unembed is None else self.unembed
+        return layer.logits, layer.w[...]
 
     def sequence(
         self, shape: tuple[int, int], segment_ids=None, positions=None, training: bool = False

@@ -7,9 +7,11 @@ divides them. An axis that does not divide its mesh axis is replicated, never pa
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,7 +56,11 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
             "which would then read different rows; choose a product that divides that."
         )
     types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # sizes that are no products of the torus' own
+        placed = create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def one_device() -> Mesh:
@@ -115,6 +121,60 @@ def constrain(x: Array, *names: str | None) -> Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, dict(mesh.shape)))
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the mesh in use splits an array's leading axes, for code that devices run on their own.
+
+    `parts` is what `spec` says; without a mesh, or where nothing is split, there is one share.
+    """
+
+    parts: P
+    sizes: tuple[int, ...]  # shares along each axis
+    manual: frozenset[str] = frozenset()  # the mesh axes that `run` takes from the compiler
+
+    def share(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that a device has of it."""
+        return tuple(n // size for n, size in zip(shape, self.sizes, strict=True))
+
+    def sum(self, x: Array) -> Array:
+        """Over the shares; inside of `run`."""
+        return jax.lax.psum(x, self._names()) if self.manual else x
+
+    def run(self, own: Callable, outputs) -> Callable:
+        """`own(whole, shares)` on all of `whole` and each device's share of the arrays `shares`."""
+        if not self.manual:
+            return own
+        return jax.shard_map(
+            own,
+            in_specs=(P(), self.parts),
+            out_specs=outputs,
+            axis_names=self.manual,
+            check_vma=False,
+        )
+
+    def _names(self) -> tuple[str, ...]:
+        groups = (part if isinstance(part, tuple) else (part,) for part in self.parts if part)
+        return tuple(name for group in groups for name in group)
+
+
+def split_of(axes: Axes, shape: tuple[int, ...]) -> Split:
+    """The split of an array whose axes, the leading ones of another, have these names."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return Split(P(), (1,) * len(shape))
+    sizes = dict(mesh.shape)
+    parts = spec(axes, shape, sizes)
+    shares = [
+        math.prod(sizes[name] for name in RULES[axis]) if part else 1
+        for axis, part in zip(axes, parts, strict=True)
+    ]
+    if math.prod(shares) == 1:
+        return Split(P(), (1,) * len(shape))
+    manual = {name for name, size in sizes.items() if size == 1}
+    split = Split(parts, tuple(shares))
+    return replace(split, manual=frozenset(manual | set(split._names())))
 
 
 def devices_of(axis: str) -> int:

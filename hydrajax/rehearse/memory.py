@@ -177,9 +177,10 @@ def advice(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> Iterator[str
         yield f"smaller micro-batches, --config.train.accum={more} (now {cfg.train.accum})"
     if cfg.train.remat != "block":
         yield f"keep less for the backward pass, --config.train.remat=block (now {cfg.train.remat})"
-    if cfg.train.loss_chunk // split > 1:
-        less = cfg.train.loss_chunk // 2
-        yield f"fewer logits at a time, --config.train.loss_chunk={less} (now {less * 2})"
+    now = cfg.train.loss_chunk
+    less = min(now, max(rows, 1) * cfg.data.seq_len // mesh["context"]) // 2
+    if less > 0:
+        yield f"fewer logits at a time, --config.train.loss_chunk={less} (now {now})"
     if rows <= 1:
         length = cfg.data.seq_len
         yield f"shorter rows, --config.data.seq_len={length // 2} (now {length})"
