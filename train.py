@@ -19,12 +19,12 @@ from hydrajax.checkpoint import CheckpointStore, Run, load_run, make_lineage, wr
 from hydrajax.command import run_command
 from hydrajax.config import RunConfig, to_plain
 from hydrajax.data.pipeline import eval_rows, make_pipeline
-from hydrajax.layout import Layout, Placed, lay_out
+from hydrajax.layout import Layout, Placed, head_split, lay_out
 from hydrajax.liveness import Liveness
 from hydrajax.loop import Loop, run_loop
 from hydrajax.metrics import MetricWriter, sparkline, train_flops_per_token
 from hydrajax.model import load_model
-from hydrajax.sharding import device_kind, make_mesh
+from hydrajax.sharding import check_batch, device_kind, make_mesh
 from hydrajax.start import find_start
 from hydrajax.tokenizer import load_tokenizer, save_tokenizer
 from hydrajax.trainer import TrainState
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
 def train(cfg: RunConfig) -> None:
     # ---- devices -----------------------------------------------------------------------------
     mesh = make_mesh(cfg.mesh)
+    check_batch(mesh, cfg.data.rows, cfg.data.seq_len)
     say(f"{jax.device_count()} x {device_kind(mesh)}, mesh {dict(mesh.shape)}, run {cfg.out}")
 
     # ---- data --------------------------------------------------------------------------------
@@ -83,8 +84,8 @@ def train(cfg: RunConfig) -> None:
     # ---- programs and state ------------------------------------------------------------------
     teacher = functools.cache(lambda: read_teacher(cfg))
     layout = lay_out(cfg, mesh, start, lambda: teacher().info)
-    for path in layout.student.whole:
-        say(f"heads kept whole on every device (mesh.model={mesh.shape['model']}): {path}")
+    if split := head_split(start.plan, mesh):
+        say(split)
     teacher_params = {} if layout.teacher is None else place_teacher(teacher(), layout.teacher)
     teacher.cache_clear()  # its copy on the host
     programs, places = layout.programs, layout.places

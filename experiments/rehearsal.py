@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from hydrajax.rehearse.chips import CHIPS, GIB
+from hydrajax.sharding import MESH_AXES
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = REPO / "results" / "rehearsal", REPO / "docs" / "rehearsal.md"
@@ -90,7 +91,7 @@ def page() -> str:
 
 
 def _line(name: str, row: dict) -> str:
-    mesh = " × ".join(str(n) for n in row["mesh"].values())
+    mesh = " × ".join(str(row["mesh"].get(axis, 1)) for axis in MESH_AXES)  # once without `context`
     head = (
         f"| [{name}](../results/rehearsal/{name}.json) | {row['devices']} | {mesh} | "
         f"{row['rows']} × {row['seq_len']} / {row['accum']} | "
@@ -137,7 +138,7 @@ The train step of `train.py`, compiled by libtpu for machines that are not there
 executable, times are a roofline. This page is written by
 `python -m experiments.rehearsal table` from the files that its first column links to.
 
-| case | devices | mesh data × fsdp × model | rows × tokens / accum | HBM, GiB | TFLOP a device | sent, GB a device | step, s | MFU |
+| case | devices | mesh data × fsdp × context × model | rows × tokens / accum | HBM, GiB | TFLOP a device | sent, GB a device | step, s | MFU |
 |---|---|---|---|---|---|---|---|---|
 {table}
 

@@ -30,19 +30,20 @@ from hydrajax.sharding import constrain, devices_of, per_device
 from hydrajax.typing import Array, Float, Int
 from pallas_kernels import attention, attention_step
 
-# Key heads are split like the query heads that read them, or neither is.
-_HEADS = ("batch", None, "fa_heads", None)
+# Key heads are split like the query heads that read them, or neither is; tokens and keys likewise.
+_HEADS = ("batch", "tokens", "fa_heads", None)
 _AXES = {
     "q": _HEADS,
     "k": _HEADS,
     "v": _HEADS,
-    "segment_ids": ("batch", None),
+    "segment_ids": ("batch", "tokens"),
     "q_offset": ("batch",),
 }
+_CACHE = ("batch", None, "fa_heads", None)
 _STEP_AXES = {
     "q": ("batch", "fa_heads", None),
-    "k_cache": _HEADS,
-    "v_cache": _HEADS,
+    "k_cache": _CACHE,
+    "v_cache": _CACHE,
     "lengths": ("batch",),
 }
 
@@ -148,9 +149,9 @@ class FullHeads(nnx.Module):
             s_BT = jnp.log(seq.positions.astype(jnp.float32) + base) / math.log(base)
             q = (q.astype(jnp.float32) * s_BT[:, :, None, None]).astype(q.dtype)
         return (
-            constrain(q, "batch", None, "fa_heads", None),
-            constrain(k, "batch", None, "fa_kv_heads", None),
-            constrain(v, "batch", None, "fa_kv_heads", None),
+            constrain(q, "batch", "tokens", "fa_heads", None),
+            constrain(k, "batch", "tokens", "fa_kv_heads", None),
+            constrain(v, "batch", "tokens", "fa_kv_heads", None),
         )
 
     def _attend(self, q, k, v, **optional) -> Array:

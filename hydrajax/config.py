@@ -227,12 +227,13 @@ class DataConfig:
 class MeshConfig:
     """Devices along each mesh axis; -1 on one axis takes what is left."""
 
-    data: int = -1
-    fsdp: int = 1
-    model: int = 1
+    data: int = -1  # rows of a step
+    fsdp: int = 1  # rows as well; parameters and moments are split over it
+    context: int = 1  # tokens of a row, in equal parts; divides data.seq_len
+    model: int = 1  # heads, MLP width, vocabulary
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.model)
+        sizes = (self.data, self.fsdp, self.context, self.model)
         if sum(s == -1 for s in sizes) > 1 or any(s < 1 and s != -1 for s in sizes):
             raise UserError(f"mesh axes must be >= 1, at most one -1, got {sizes}.")
 
@@ -258,7 +259,7 @@ class StageConfig:
     kl_weight: float = 0.0  # extend: KL beside the cross entropy
     kl_temperature: float = 1.0
     calibration_tokens: int = 65_536  # align: tokens that set gamma at the transplant
-    loss_chunk: int = 8192  # tokens, of all rows, whose logits exist at a time
+    loss_chunk: int = 4096  # tokens of a device whose logits exist at a time
     remat: str = "block"  # none | block | dots (keep matmul outputs)
     compute_dtype: str = "bfloat16"  # bfloat16 | float32
     log_every: int = 10

@@ -37,8 +37,8 @@ from pallas_kernels import (
 
 L2_EPS = 1e-6
 
-# Axes of the delta rule's arrays: rows and heads do not mix, so devices need not exchange anything.
-_HEADS = ("batch", None, "la_heads", None)
+# Axes of the delta rule's arrays: rows and heads do not mix, tokens by the state between them.
+_HEADS = ("batch", "tokens", "la_heads", None)
 _STATE = ("batch", "la_heads", None, None)
 _RULE_AXES = {
     "q": _HEADS,
@@ -47,7 +47,13 @@ _RULE_AXES = {
     "g": _HEADS[:3],
     "beta": _HEADS[:3],
     "initial_state": _STATE,
-    "segment_ids": ("batch", None),
+    "segment_ids": ("batch", "tokens"),
+}
+_CONV_AXES = {
+    "x": _HEADS,
+    "w": (None, *_HEADS[2:]),
+    "initial_state": ("batch", None, *_HEADS[2:]),
+    "segment_ids": _RULE_AXES["segment_ids"],
 }
 _STEP_AXES = {name: _RULE_AXES[name][:1] + _RULE_AXES[name][2:] for name in ("q", "k", "v")} | {
     "g": _STATE[:2],
@@ -108,8 +114,7 @@ class LinearHeads(nnx.Module):
         """Head outputs of a whole sequence; documents do not see each other's state."""
         raw = self._project(x, kv)
         if self.has_conv:
-            y, _ = self._conv(raw, seq.segment_ids, None)
-            raw = self._unflat(y)
+            raw = self._conv(raw, segment_ids=seq.segment_ids)
         q, k, v = self._finish(raw, seq)
         g, beta = self.gates(x, _is_token(seq))
         o, _ = self._rule(q, k, v, g, beta, segment_ids=seq.segment_ids)
@@ -123,8 +128,7 @@ class LinearHeads(nnx.Module):
         if conv is not None:
             # The next call needs the last inputs before the padding, not those before the end.
             past = jnp.concatenate([conv.astype(x.dtype), self._flat(raw)], axis=1)
-            y, _ = self._conv(raw, None, conv)
-            raw = self._unflat(y)
+            raw = self._conv(raw, initial_state=conv)
             ends = jnp.sum(seq.segment_ids > 0, axis=1)
             index = ends[:, None] + jnp.arange(CONV_WIDTH - 1)[None, :]
             conv = jnp.take_along_axis(past, index[:, :, None], axis=1)
@@ -198,7 +202,7 @@ class LinearHeads(nnx.Module):
             k = rms_norm(k, self.k_norm[...], self.eps)
         q = l2_normalise(apply_rope(q, seq, self.rope_dims))
         k = l2_normalise(apply_rope(k, seq, self.rope_dims))
-        return constrain(q, "batch", None, "la_heads", None), k, v
+        return constrain(q, "batch", "tokens", "la_heads", None), k, v
 
     def _rule(self, q, k, v, g, beta, **optional) -> tuple[Array, Array]:
         rule = functools.partial(
@@ -222,25 +226,39 @@ class LinearHeads(nnx.Module):
     def _taps(self, dtype) -> Float[Array, "W Ch"]:
         return self._flat((self.conv_q[...], self.conv_k[...], self.conv_v[...])).astype(dtype)
 
-    def _conv(self, raw, segment_ids, initial_state) -> tuple[Array, Array]:
-        flat = self._flat(raw)
-        return causal_conv(
-            flat,
-            self._taps(flat.dtype),
-            activation=self._activation(),
-            initial_state=initial_state,
-            segment_ids=segment_ids,
-            implementation=self.conv_implementation,
+    def _conv(self, raw, segment_ids=None, initial_state=None) -> tuple[Array, Array, Array]:
+        """Convolve q, k and v apart: joined, their heads would not lie as devices split them."""
+        conv = functools.partial(
+            causal_conv, activation=self._activation(), implementation=self.conv_implementation
         )
 
+        def op(x, w, initial_state=None, **optional):
+            if initial_state is not None:
+                optional["initial_state"] = _channels(initial_state)
+            y, _ = conv(_channels(x), _channels(w), **optional)
+            return (y.reshape(x.shape),)
+
+        run, convolved = per_device(op, _CONV_AXES, (_HEADS,)), []
+        taps = (self.conv_q, self.conv_k, self.conv_v)
+        states = (None, None, None) if initial_state is None else self._unflat(initial_state)
+        for x, w, state in zip(raw, taps, states, strict=True):
+            optional = {"initial_state": state, "segment_ids": segment_ids}
+            optional = {name: a for name, a in optional.items() if a is not None}
+            convolved += run(x=x, w=w[...].astype(x.dtype), **optional)
+        return tuple(convolved)
+
     def _flat(self, raw: tuple[Array, Array, Array]) -> Float[Array, "... Ch"]:
-        return jnp.concatenate([a.reshape(*a.shape[:-2], -1) for a in raw], axis=-1)
+        return jnp.concatenate([_channels(a) for a in raw], axis=-1)
 
     def _unflat(self, y: Float[Array, "B T Ch"]) -> tuple[Array, Array, Array]:
         h, r, kv = self.head_dim, self.num_heads, self.num_kv
         q, k, v = jnp.split(y, (r * h, (r + kv) * h), axis=-1)
         rows = y.shape[:-1]
         return q.reshape(*rows, r, h), k.reshape(*rows, kv, h), v.reshape(*rows, kv, h)
+
+
+def _channels(x: Float[Array, "... N H"]) -> Float[Array, "... Ch"]:
+    return x.reshape(*x.shape[:-2], -1)
 
 
 def l2_normalise(x: Float[Array, "... H"]) -> Float[Array, "... H"]:

@@ -160,9 +160,9 @@ class HydraAttention(nnx.Module):
 
     def mix(self, x: Array, fa: tuple | None, la: tuple | None) -> tuple[Array, Array]:
         """Fusion and W_O."""
-        o_BTNH = constrain(self.fusion(x, fa, la), "batch", None, "heads", None)
+        o_BTNH = constrain(self.fusion(x, fa, la), "batch", "tokens", "heads", None)
         y = project("btnh,nhd->btd", o_BTNH, self.w_o, self.b_o)
-        return constrain(y, "batch", None, None), o_BTNH
+        return constrain(y, "batch", "tokens", None), o_BTNH
 
     def prefill(
         self, x: Array, seq: Sequence, state: LayerState, at: Int[Array, "B"] | None

@@ -79,9 +79,10 @@ class Embedding(nnx.Module):
         # Looked up before the cast: the gradients of a frequent token add up in fp32.
         return self.w[...][tokens].astype(self.dtype)
 
-    def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    @staticmethod
+    def logits(w: Float[Array, "V D"], x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits of tied embeddings, fp32."""
-        w = self.w[...].astype(x.dtype)
+        w = w.astype(x.dtype)
         return jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
 
 
@@ -89,8 +90,10 @@ class Unembedding(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.w = weight(rngs, (cfg.width, cfg.vocab_size), ("width", "vocab"))
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        w = self.w[...].astype(x.dtype)
+    @staticmethod
+    def logits(w: Float[Array, "D V"], x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Logits of words of their own, fp32."""
+        w = w.astype(x.dtype)
         return jnp.einsum("...d,dv->...v", x, w, preferred_element_type=jnp.float32)
 
 

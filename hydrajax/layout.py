@@ -19,7 +19,7 @@ from hydrajax.model import abstract_model, logical_axes, split_params
 from hydrajax.optim import make_optimizer, schedule, state_shardings
 from hydrajax.sharding import (
     batch_sharding,
-    check_rows,
+    check_batch,
     device_kind,
     param_shardings,
     replicated,
@@ -80,7 +80,7 @@ class Layout:
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """One step's rows of all processes, abstract; UserError if they cannot be split."""
         data = self.programs.run.data
-        check_rows(self.mesh, data.rows)
+        check_batch(self.mesh, data.rows, data.seq_len)
         shape, sharding = (data.rows, data.seq_len), batch_sharding(self.mesh)
         dtypes = dict.fromkeys(("tokens", "segment_ids", "positions"), jnp.int32)
         return {
@@ -125,6 +125,30 @@ def place(design: Design, stage: str, mesh: Mesh, *, kernels: KernelConfig, **op
     axes, shapes = logical_axes(model), {path: a.shape for path, a in abstract.items()}
     shardings = param_shardings(mesh, axes, shapes)
     return Placed(graphdef, _with(abstract, shardings), tuple(replicated(mesh, axes, shapes)))
+
+
+def head_split(plan: HeadPlan, mesh: Mesh) -> str:
+    """What `mesh.model` splits, in one line, and the most heads of a device against an even split.
+
+    A layer's FA and GDN heads are split apart. Where their number does not divide, every device
+    computes all of them: parameters keep the shapes of checkpoints, and no head is padded.
+    """
+    size = mesh.shape["model"]
+    if size == 1:
+        return ""
+    parts = []
+    for kind in ("fa", "la"):
+        heads = [len(getattr(plan.layer(l), kind)) for l in range(plan.num_layers)]
+        heads = [n for n in heads if n]
+        if heads:
+            held = sum(n if n % size else n // size for n in heads)
+            split = sum(n % size == 0 for n in heads)
+            name = {"fa": "FA", "la": "GDN"}[kind]
+            parts.append(
+                f"{name} heads in {split} of {len(heads)} layers "
+                f"({held * size / sum(heads):.2f} x an even split)"
+            )
+    return f"mesh.model={size} splits {', '.join(parts)}; other layers' are whole on every device"
 
 
 def _with(tree, shardings):

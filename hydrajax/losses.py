@@ -9,8 +9,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from hydrajax.model import Model
+from hydrajax.sharding import Split, split_of
 from hydrajax.typing import Array, Float, Int
 
 
@@ -27,13 +29,15 @@ def chunked_ce(
     model: Model, x: Float[Array, "B T D"], targets: Array, weights: Array, chunk: int
 ) -> tuple[Array, Array]:
     """Weighted cross entropy in nats: (sum, sum of weights)."""
+    to_logits, words = model.unembedding()
 
-    def nats(x_BtD, targets_Bt, weights_Bt):
-        logits = model.logits(x_BtD)
+    def nats(words, _, x_BtD, targets_Bt, weights_Bt):
+        logits = to_logits(words, x_BtD)
         picked = jnp.take_along_axis(logits, targets_Bt[..., None], axis=-1)[..., 0]
         return jnp.sum(weights_Bt * (jax.nn.logsumexp(logits, axis=-1) - picked))
 
-    return sum_over_chunks(nats, (x, targets, weights), chunk), jnp.sum(weights)
+    total = sum_over_chunks(nats, words, (x, targets, weights), chunk)
+    return total, jnp.sum(weights)
 
 
 def chunked_kl(
@@ -45,16 +49,16 @@ def chunked_kl(
     temperature: float = 1.0,
 ) -> tuple[Array, Array]:
     """Forward KL(teacher || student) over the whole vocabulary, in nats, times temperature^2."""
+    (of_student, words), (of_teacher, given) = student.unembedding(), teacher.unembedding()
 
-    def nats(xs_BtD, xt_BtD, weights_Bt):
-        log_q = jax.nn.log_softmax(student.logits(xs_BtD) / temperature)
-        # Stopped here: gradients are taken of all that this closes over, the teacher's words too.
-        logits = jax.lax.stop_gradient(teacher.logits(xt_BtD))
-        log_p = jax.nn.log_softmax(logits / temperature)
+    def nats(words, given, xs_BtD, xt_BtD, weights_Bt):
+        log_q = jax.nn.log_softmax(of_student(words, xs_BtD) / temperature)
+        log_p = jax.nn.log_softmax(of_teacher(given, xt_BtD) / temperature)
         return jnp.sum(weights_Bt * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
     xs, xt = hidden
-    total = sum_over_chunks(nats, (xs, jax.lax.stop_gradient(xt), weights), chunk)
+    data = xs, *jax.lax.stop_gradient((xt, weights))
+    total = sum_over_chunks(nats, words, data, chunk, jax.lax.stop_gradient(given))
     return total * temperature**2, jnp.sum(weights)
 
 
@@ -92,47 +96,72 @@ def branch_stats(
     return jax.lax.stop_gradient(out)
 
 
-def sum_over_chunks(fn: Callable[..., Array], arrays: tuple[Array, ...], chunk: int) -> Array:
-    """Sum of fn over pieces of the token axis, about `chunk` tokens of all rows at a time.
+def sum_over_chunks(
+    fn: Callable[..., Array],
+    words: Array,
+    arrays: tuple[Array, ...],
+    chunk: int,
+    given: Array | None = None,
+) -> Array:
+    """Sum of fn(words, given, *pieces), the pieces of about `chunk` tokens of a device at a time.
 
-    Gradients flow to arrays[0] and to what fn closes over (the unembedding); the other arrays are
-    data. Pieces are cut from the token axis and not from flattened rows: rows stay where they are
-    sharded.
+    Gradients flow to `words` and arrays[0]; `given` and the other arrays are data. Every device
+    walks over its own rows and tokens with all of the words, and what it adds to the sum and to the
+    words' gradient meets the others' once, at the end: a reduction for every piece would be most of
+    what a pod sends.
     """
-    batch, length = arrays[0].shape[:2]
-    piece = next(t for t in range(min(length, max(1, chunk // batch)), 0, -1) if length % t == 0)
-    x, *data = (
-        jnp.moveaxis(a.reshape(batch, length // piece, piece, *a.shape[2:]), 1, 0) for a in arrays
-    )
-    fn, weights = jax.closure_convert(fn, *(a[0] for a in (x, *data)))
-    return _sum_over_pieces(fn, x, tuple(data), tuple(weights))
+    split = split_of(("batch", "tokens"), arrays[0].shape[:2])
+    rows, tokens = split.share(arrays[0].shape[:2])
+    piece = next(t for t in range(min(tokens, max(1, chunk // rows)), 0, -1) if tokens % t == 0)
+    return _sum_over_pieces(fn, piece, split, words, arrays[0], (given, arrays[1:]))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_over_pieces(fn: Callable[..., Array], x: Array, data: tuple, weights: tuple) -> Array:
-    def body(total: Array, pieces: tuple) -> tuple[Array, None]:
-        return total + fn(*pieces, *weights), None
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sum_over_pieces(
+    fn: Callable[..., Array], piece: int, split: Split, words: Array, x: Array, data: tuple
+) -> Array:
+    def own(whole: tuple, shares: tuple) -> Array:
+        def body(total: Array, pieces: tuple) -> tuple[Array, None]:
+            return total + fn(*whole, *pieces), None
 
-    return jax.lax.scan(body, jnp.zeros((), jnp.float32), (x, *data))[0]
+        start = jnp.zeros((), jnp.float32)
+        return split.sum(jax.lax.scan(body, start, _pieces(piece, shares))[0])
+
+    given, rest = data
+    return split.run(own, P())((words.astype(x.dtype), given), (x, *rest))
 
 
-def _sum_and_gradients(fn, x: Array, data: tuple, weights: tuple):
+def _sum_and_gradients(fn, piece: int, split: Split, words: Array, x: Array, data: tuple):
     """Gradients now, not in the backward pass: that would compute all logits once more."""
 
-    def body(carry: tuple, pieces: tuple) -> tuple[tuple, Array]:
-        total, by_weights = carry
-        at = lambda x, weights: fn(x, *pieces[1:], *weights)  # noqa: E731
-        value, (by_x, more) = jax.value_and_grad(at, argnums=(0, 1))(pieces[0], weights)
-        return (total + value, jax.tree.map(jnp.add, by_weights, more)), by_x
+    given, rest = data
 
-    start = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, weights)
-    (total, by_weights), by_x = jax.lax.scan(body, start, (x, *data))
-    return total, (by_x, by_weights)
+    def own(whole: tuple, shares: tuple):
+        def body(carry: tuple, pieces: tuple) -> tuple[tuple, Array]:
+            total, by_words = carry
+            at = lambda cast, x: fn(cast, whole[1], x, *pieces[1:])  # noqa: E731
+            value, (more, by_x) = jax.value_and_grad(at, argnums=(0, 1))(whole[0], pieces[0])
+            return (total + value, by_words + more.astype(words.dtype)), by_x
+
+        start = jnp.zeros((), jnp.float32), jnp.zeros(words.shape, words.dtype)
+        sums, by_x = jax.lax.scan(body, start, _pieces(piece, shares))
+        total, by_words = map(split.sum, sums)
+        return total, by_words, jnp.moveaxis(by_x, 0, 1).reshape(shares[0].shape)
+
+    run = split.run(own, (P(), P(), split.parts))
+    # Cast before devices gather the words: half of what is sent.
+    total, by_words, by_x = run((words.astype(x.dtype), given), (x, *rest))
+    return total, (by_words, by_x)
 
 
-def _scaled(fn, gradients, cotangent: Array):
-    by_x, by_weights = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
-    return by_x, None, by_weights
+def _pieces(size: int, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """[B, T, ...] -> [T / size, B, size, ...]"""
+    return tuple(jnp.moveaxis(a.reshape(len(a), -1, size, *a.shape[2:]), 1, 0) for a in arrays)
+
+
+def _scaled(fn, piece, split, gradients: tuple[Array, Array], cotangent: Array):
+    by_words, by_x = ((cotangent * g).astype(g.dtype) for g in gradients)
+    return by_words, by_x, None
 
 
 _sum_over_pieces.defvjp(_sum_and_gradients, _scaled)

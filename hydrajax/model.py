@@ -4,6 +4,7 @@ Modules give structure only. Outside of them parameters are one flat dict, path 
 `graphdef, params = split_params(model)`, and inside a jitted function `bind(graphdef, params)`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -22,10 +23,14 @@ TAPS = ("attn_in", "attn_out", "head_out", "resid")
 
 DEFAULT_KERNELS = KernelConfig()
 
+# Where tokens are split, a GDN layer's states between devices are kept: small, and dear to redo.
+_PARTS = jax.checkpoint_policies.save_only_these_names("gdn_parts")
 REMAT = {
     "none": None,
-    "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": _PARTS,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _PARTS
+    ),
 }
 
 
@@ -68,7 +73,7 @@ class Block(nnx.Module):
 
 
 def constrain_rows(x: Array) -> Array:
-    return constrain(x, "batch", *(None,) * (x.ndim - 1))
+    return constrain(x, "batch", "tokens", *(None,) * (x.ndim - 2))
 
 
 class Model(nnx.Module):
@@ -142,7 +147,13 @@ class Model(nnx.Module):
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Unembedding of hidden states, fp32."""
-        return self.embed.attend(x) if self.unembed is None else self.unembed(x)
+        logits, words = self.unembedding()
+        return logits(words, x)
+
+    def unembedding(self) -> tuple[Callable[[Array, Array], Array], Array]:
+        """`logits(words, x)` and the words, for losses that walk over tokens with them."""
+        layer = self.embed if self.unembed is None else self.unembed
+        return layer.logits, layer.w[...]
 
     def sequence(
         self, shape: tuple[int, int], segment_ids=None, positions=None, training: bool = False

@@ -2,14 +2,16 @@
 
 FA and LA heads are different logical axes: their numbers differ per layer, and so does what
 divides them. An axis that does not divide its mesh axis is replicated, never padded silently;
-`replicated()` lists those for the start-up screen.
+`replicated()` lists those, `layout.head_split()` says what it costs.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,11 +20,13 @@ from hydrajax.typing import Array, UserError
 
 Axes = tuple[str | None, ...]
 
-MESH_AXES = ("data", "fsdp", "model")
+MESH_AXES = ("data", "fsdp", "context", "model")
 
-# logical axis -> mesh axes. Weights are split over fsdp along the width, activations over rows.
+# logical axis -> mesh axes. Weights are split over fsdp along the width, activations over rows and
+# over the tokens of a row.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "tokens": ("context",),
     "width": ("fsdp",),
     "mlp": ("model",),
     "vocab": ("model",),
@@ -36,25 +40,27 @@ RULES: dict[str, tuple[str, ...]] = {
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over all devices, or those given; the axis given as -1 takes what the others leave."""
-    sizes = [cfg.data, cfg.fsdp, cfg.model]
+    sizes = [getattr(cfg, axis) for axis in MESH_AXES]
     devices = jax.devices() if devices is None else devices
     count, processes = len(devices), len({device.process_index for device in devices})
     fixed = int(np.prod([s for s in sizes if s != -1]))
     if -1 in sizes and count % fixed == 0:
         sizes[sizes.index(-1)] = count // fixed
     if int(np.prod(sizes)) != count or -1 in sizes:
+        asked = ", ".join(f"{axis}={getattr(cfg, axis)}" for axis in MESH_AXES)
+        raise UserError(f"mesh {asked} does not fit {count} devices.")
+    local, together = count // processes, sizes[2] * sizes[3]
+    if processes > 1 and local % together:
         raise UserError(
-            f"mesh data={cfg.data}, fsdp={cfg.fsdp}, model={cfg.model} does not fit {count} "
-            "devices."
-        )
-    local = count // processes
-    if processes > 1 and local % sizes[2]:
-        raise UserError(
-            f"mesh.model={sizes[2]} spans processes of {local} devices, which would then read "
-            "different rows; choose a divisor of that."
+            f"mesh.context={sizes[2]} x mesh.model={sizes[3]} spans processes of {local} devices, "
+            "which would then read different rows; choose a product that divides that."
         )
     types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # sizes that are no products of the torus' own
+        placed = create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def one_device() -> Mesh:
@@ -62,7 +68,8 @@ def one_device() -> Mesh:
 
     Under it kernels know, while they are traced, which kind of device they are for.
     """
-    return jax.make_mesh((1, 1, 1), MESH_AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    sizes, types = (1,) * len(MESH_AXES), (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(sizes, MESH_AXES, types, devices=jax.devices()[:1])
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh_shape: dict[str, int]) -> P:
@@ -116,6 +123,60 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, dict(mesh.shape)))
 
 
+@dataclass(frozen=True)
+class Split:
+    """How the mesh in use splits an array's leading axes, for code that devices run on their own.
+
+    `parts` is what `spec` says; without a mesh, or where nothing is split, there is one share.
+    """
+
+    parts: P
+    sizes: tuple[int, ...]  # shares along each axis
+    manual: frozenset[str] = frozenset()  # the mesh axes that `run` takes from the compiler
+
+    def share(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that a device has of it."""
+        return tuple(n // size for n, size in zip(shape, self.sizes, strict=True))
+
+    def sum(self, x: Array) -> Array:
+        """Over the shares; inside of `run`."""
+        return jax.lax.psum(x, self._names()) if self.manual else x
+
+    def run(self, own: Callable, outputs) -> Callable:
+        """`own(whole, shares)` on all of `whole` and each device's share of the arrays `shares`."""
+        if not self.manual:
+            return own
+        return jax.shard_map(
+            own,
+            in_specs=(P(), self.parts),
+            out_specs=outputs,
+            axis_names=self.manual,
+            check_vma=False,
+        )
+
+    def _names(self) -> tuple[str, ...]:
+        groups = (part if isinstance(part, tuple) else (part,) for part in self.parts if part)
+        return tuple(name for group in groups for name in group)
+
+
+def split_of(axes: Axes, shape: tuple[int, ...]) -> Split:
+    """The split of an array whose axes, the leading ones of another, have these names."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return Split(P(), (1,) * len(shape))
+    sizes = dict(mesh.shape)
+    parts = spec(axes, shape, sizes)
+    shares = [
+        math.prod(sizes[name] for name in RULES[axis]) if part else 1
+        for axis, part in zip(axes, parts, strict=True)
+    ]
+    if math.prod(shares) == 1:
+        return Split(P(), (1,) * len(shape))
+    manual = {name for name, size in sizes.items() if size == 1}
+    split = Split(parts, tuple(shares))
+    return replace(split, manual=frozenset(manual | set(split._names())))
+
+
 def devices_of(axis: str) -> int:
     """Over how many devices the mesh in use would split a logical axis."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
@@ -126,7 +187,8 @@ def per_device(op: Callable, axes_in: dict[str, Axes], axes_out: tuple[Axes, ...
     """Run `op(**arrays)` on each device's own part of the arrays, gradients included.
 
     XLA cannot split the call of a kernel, so it is told: the named axes are split as `spec` says,
-    in all arrays or in none, and outputs like the inputs. `op` must not mix what it is split over.
+    in all arrays or in none, and outputs like the inputs. `op` must not mix what it is split over,
+    tokens apart: where those are split it is given `axis_name`, the mesh axis that joins them.
     Without a mesh, or on one device, it is called as it is.
     """
 
@@ -149,33 +211,45 @@ def per_device(op: Callable, axes_in: dict[str, Axes], axes_out: tuple[Axes, ...
             for axis, part in zip(axes_in[name], parts, strict=True)
         }
         outputs = tuple(P(*(split[axis] if axis else None for axis in axes)) for axes in axes_out)
+        joined = {"axis_name": split["tokens"]} if split.get("tokens") else {}
         # A kernel does not say over which mesh axes its outputs vary; the specs do.
         return jax.shard_map(
-            lambda arrays: op(**arrays), in_specs=(specs,), out_specs=outputs, check_vma=False
+            lambda arrays: op(**arrays, **joined),
+            in_specs=(specs,),
+            out_specs=outputs,
+            check_vma=False,
         )(arrays)
 
     return run
 
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:
-    """Local rows of every process become global arrays, rows split over ("data", "fsdp")."""
-    check_rows(mesh, len(batch["tokens"]) * jax.process_count())
+    """Local rows of every process become global arrays, split as `batch_sharding` says."""
+    rows, tokens = batch["tokens"].shape
+    check_batch(mesh, rows * jax.process_count(), tokens)
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the devices, tokens of a row together."""
-    return NamedSharding(mesh, P(RULES["batch"]))
+    """Rows over `data` and `fsdp`, the tokens of a row over `context`."""
+    return NamedSharding(mesh, P(RULES["batch"], *RULES["tokens"]))
 
 
-def check_rows(mesh: Mesh, rows: int) -> None:
-    """Raise UserError unless the rows of a step can be split over the mesh."""
+def check_batch(mesh: Mesh, rows: int, tokens: int) -> None:
+    """Raise UserError unless rows of so many tokens can be split over the mesh."""
+    context = mesh.shape["context"]
+    if tokens % context:
+        raise UserError(
+            f"rows of {tokens} tokens cannot be split over mesh.context={context}; set "
+            f"data.seq_len to a multiple of {context}, best of {context} x the chunk of the delta "
+            "rule (64, on TPU 128), or choose another mesh.context."
+        )
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
         raise UserError(
             f"{rows} rows cannot be split over mesh data x fsdp = {parts}; set data.rows to a "
-            f"multiple of {parts}, or give devices to mesh.model."
+            f"multiple of {parts}, or give devices to mesh.context or mesh.model."
         )
 
 

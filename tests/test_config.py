@@ -65,6 +65,7 @@ hydra.qkv_split
 kernels.attention
 kernels.causal_conv
 kernels.gated_delta_rule
+mesh.context
 mesh.data
 mesh.fsdp
 mesh.model

@@ -1,12 +1,16 @@
 """Losses: chunked sums against float64 numpy, their gradients, and which tokens count."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
+from jax.sharding import NamedSharding
 
+from hydrajax.config import MeshConfig
 from hydrajax.losses import (
     alignment,
     branch_stats,
@@ -15,6 +19,7 @@ from hydrajax.losses import (
     next_tokens,
     sum_over_chunks,
 )
+from hydrajax.sharding import make_mesh, spec
 
 B, T, D, V = 3, 12, 8, 20
 RNG = np.random.default_rng(0)
@@ -26,7 +31,7 @@ WEIGHTS = RNG.uniform(0, 1, (B, T)).astype(np.float32) * (RNG.uniform(size=(B, T
 
 def unembed(w):
     """All that a loss asks of a model."""
-    return SimpleNamespace(logits=lambda x: x @ w)
+    return SimpleNamespace(unembedding=lambda: (lambda w, x: x @ w, w))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -96,14 +101,41 @@ def test_no_gradient_reaches_the_teachers_hidden_states():
 def test_chunks_cover_every_token_once_for_lengths_without_small_divisors():
     seen = []
 
-    def count(x):
+    def count(words, given, x):
         seen.append(x.shape)
-        return jnp.sum(x)
+        return jnp.sum(words * x)
 
     x = jnp.ones((2, 13))  # prime: pieces are single positions or the whole row
-    assert float(sum_over_chunks(count, (x,), 8)) == 26
-    assert float(sum_over_chunks(count, (x,), 26)) == 26
+    assert float(sum_over_chunks(count, jnp.ones(()), (x,), 8)) == 26
+    assert float(sum_over_chunks(count, jnp.ones(()), (x,), 26)) == 26
     assert set(seen) == {(2, 1), (2, 13)}
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (1, 2, 4, 1)])
+def test_devices_walk_over_their_own_tokens_and_meet_once(sizes):
+    """Equal to one device, and as many collectives for eight pieces as for one."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((8, 32, D)).astype(np.float32)
+    targets, weights = rng.integers(0, V, (8, 32)), rng.uniform(0, 1, (8, 32)).astype(np.float32)
+
+    def both(x, w, chunk):
+        loss = lambda x, w: chunked_ce(unembed(w), x, targets, weights, chunk)[0]  # noqa: E731
+        return jax.value_and_grad(loss, argnums=(0, 1))(x, w)
+
+    want = jax.jit(partial(both, chunk=10_000))(x, W)
+    mesh = make_mesh(MeshConfig(*sizes))
+    with jax.set_mesh(mesh):
+        split = NamedSharding(mesh, spec(("batch", "tokens", None), x.shape, dict(mesh.shape)))
+        words = NamedSharding(mesh, spec(("width", "vocab"), W.shape, dict(mesh.shape)))
+        placed, counts = (jax.device_put(x, split), jax.device_put(W, words)), []
+        for chunk in (1, 10_000):
+            program = jax.jit(partial(both, chunk=chunk)).lower(*placed).compile()
+            text = program.as_text()
+            counts.append([text.count(f" {n}(") for n in ("all-reduce", "all-gather")])
+            for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(program(*placed)), strict=True):
+                assert_close(f"{sizes} {chunk}", a, b, 1e-6)
+            assert " while(" in text if chunk == 1 else True
+    assert counts[0] == counts[1] and sum(counts[0]) > 0
 
 
 def test_targets_end_with_their_document_and_skip_padding_and_unscored_tokens():

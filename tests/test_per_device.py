@@ -62,7 +62,7 @@ def test_parts_make_the_whole(rows, heads):
     """Rows or heads that do not divide are kept whole, and their gradients are not added up."""
     given = arrays(rows, heads)
     want = value_and_grads(rule, given)
-    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 1, 2))):
         got = value_and_grads(per_device(rule, _RULE_AXES, (_HEADS, _STATE)), given)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), got, want)
 
@@ -72,7 +72,7 @@ def test_parts_of_a_step_make_the_whole():
     given = given | {"state": given.pop("initial_state")}
     del given["segment_ids"]
     want = gated_delta_step(**given)
-    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 1, 2))):
         step = per_device(gated_delta_step, _STEP_AXES, (_STEP_AXES["q"], _STATE))
         got = jax.jit(step)(**given)
     assert got[1].sharding.spec[:2] == (("data", "fsdp"), "model")
@@ -88,7 +88,7 @@ def test_every_device_sees_its_part_alone():
         return (2 * q,)
 
     given = {name: x for name, x in arrays(4, 6).items() if name in ("q", "segment_ids")}
-    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 1, 2))):
         (out,) = jax.jit(per_device(op, _RULE_AXES, (_HEADS,)))(**given)
     assert seen == [((1, T, 3, H), (1, T), "cpu")]
     np.testing.assert_array_equal(out, 2 * given["q"])
@@ -120,7 +120,7 @@ def test_query_heads_stay_with_their_key_heads(heads, local):
         return (attention(**arrays),)
 
     want = value_and_grads(op, given)
-    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 1, 2))):
         got = value_and_grads(per_device(op, _AXES, (_AXES["q"],)), given)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), got, want)
     assert seen[-1] == local
@@ -146,7 +146,7 @@ def test_query_heads_are_split_also_where_their_keys_are_not(kv_heads, local, mo
         return inner(q, k, v, **rest)
 
     monkeypatch.setattr(attention_module, "attention", watched)
-    with jax.set_mesh(make_mesh(MeshConfig(1, 2, 4))):
+    with jax.set_mesh(make_mesh(MeshConfig(1, 2, 1, 4))):
         got = nnx.jit(lambda heads, x: heads(x, sequence(x), None))(heads, x)
     assert seen == [local]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

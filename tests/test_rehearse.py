@@ -217,12 +217,12 @@ def tiny_layout(stage: str, mesh: MeshConfig | None = None, rows: int = 8, **tra
     full = HeadPlan.all_full(CFG.num_layers, CFG.num_heads, CFG.num_kv_heads)
     student = SimpleNamespace(model=CFG, hydra=HYDRA, plan=PLAN)
     teacher = SimpleNamespace(model=CFG, hydra=HydraConfig.teacher(), plan=full)
-    return lay_out(cfg, make_mesh(mesh or MeshConfig(1, -1, 1)), student, lambda: teacher)
+    return lay_out(cfg, make_mesh(mesh or MeshConfig(1, -1)), student, lambda: teacher)
 
 
 def test_state_is_counted_by_its_shards():
-    whole = hbm.count(tiny_layout("distill", MeshConfig(-1, 1, 1)))
-    split = hbm.count(tiny_layout("distill", MeshConfig(1, -1, 1)))
+    whole = hbm.count(tiny_layout("distill", MeshConfig(-1, 1)))
+    split = hbm.count(tiny_layout("distill", MeshConfig(1, -1)))
     layout = tiny_layout("distill")
     assert whole.parameters == sum(4 * a.size for a in layout.student.params.values())
     assert whole.gradients == whole.parameters
@@ -259,7 +259,7 @@ def test_activations_of_a_function_with_a_known_answer():
 
 SIZES = Memory(parameters=2 * GIB, optimiser=4 * GIB, teacher=GIB, rows=0, gradients=2 * GIB,
                activations=8 * GIB, total=24 * GIB, hbm=16 * GIB)  # fmt: skip
-MESH = {"data": 1, "fsdp": 4, "model": 1}
+MESH = {"data": 1, "fsdp": 4, "context": 1, "model": 1}
 
 
 def config(rows: int = 64, **train) -> RunConfig:
@@ -300,7 +300,7 @@ def test_the_message_names_sizes_and_the_knob():
     "mesh, cfg, memory, knobs",
     [
         # Whole copies of the state on every device: split it.
-        ({"data": 4, "fsdp": 1, "model": 1}, config(), replace(SIZES, parameters=20 * GIB),
+        (MESH | {"data": 4, "fsdp": 1}, config(), replace(SIZES, parameters=20 * GIB),
          ["--config.mesh.data=1 --config.mesh.fsdp=4 (now 4 and 1)"]),
         # Split already, and still too much: no knob but more devices.
         (MESH, config(), replace(SIZES, parameters=20 * GIB), []),
@@ -348,7 +348,7 @@ def test_shapes_come_from_the_config_where_no_folder_is():
 @functools.cache
 def compiled_on_a_mesh():
     """(layout, executable) of a step compiled from shapes alone."""
-    layout = tiny_layout("distill", MeshConfig(2, 2, 2))
+    layout = tiny_layout("distill", MeshConfig(2, 2, 1, 2))
     with jax.set_mesh(layout.mesh):
         step = jit_train_step(layout.programs, layout.places)
         lowered = step.lower(layout.state(), layout.teacher.params, layout.batch())
@@ -371,7 +371,8 @@ def test_a_step_compiled_from_shapes_runs_on_arrays():
         lambda a, want: a.sharding.is_equivalent_to(want, a.ndim), after, layout.places
     )
     assert all(jax.tree.leaves(same))
-    assert layout.batch()["tokens"].sharding == NamedSharding(layout.mesh, P(("data", "fsdp")))
+    want = NamedSharding(layout.mesh, P(("data", "fsdp"), "context"))
+    assert layout.batch()["tokens"].sharding == want
 
 
 def test_programs_tell_the_implementation_of_each_op():

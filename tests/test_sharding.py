@@ -13,6 +13,7 @@ from tiny_runs import CFG, batch, programs, run_config, teacher
 
 from hydrajax.config import HydraConfig, MeshConfig
 from hydrajax.head_plan import HeadPlan
+from hydrajax.layout import head_split
 from hydrajax.model import abstract_model, logical_axes, split_params
 from hydrajax.optim import state_shardings
 from hydrajax.sharding import make_mesh, param_shardings, place_batch, replicated, spec
@@ -42,7 +43,9 @@ def alone() -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize(
-    "sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=["data", "fsdp", "data_fsdp_model"]
+    "sizes",
+    [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2)],
+    ids=["data", "fsdp", "data_fsdp_model"],
 )
 def test_a_step_on_a_mesh_equals_a_step_on_one_device(sizes):
     made, state = start()
@@ -72,15 +75,16 @@ def test_a_step_on_a_mesh_equals_a_step_on_one_device(sizes):
         moments = after.opt_state[1].mu
         for tree in (after.params, moments):
             shard = tree["layers.0.mlp.w_up"].addressable_shards[0].data
-            assert shard.size == CFG.width * CFG.mlp_width // (sizes[1] * sizes[2])
+            assert shard.size == CFG.width * CFG.mlp_width // (sizes[1] * sizes[3])
 
 
 def test_spec_splits_what_divides_and_keeps_the_rest_whole():
-    mesh = {"data": 2, "fsdp": 2, "model": 2}
+    mesh = {"data": 2, "fsdp": 2, "context": 2, "model": 2}
     assert spec(("width", "mlp"), (16, 24), mesh) == P("fsdp", "model")
     assert spec(("width", "fa_heads", None), (16, 3, 4), mesh) == P("fsdp", None, None)
     assert spec(("batch", None, "heads", None), (8, 16, 4, 4), mesh)[0] == ("data", "fsdp")
     assert spec(("batch", None), (6, 16), mesh) == P(None, None)
+    assert spec(("batch", "tokens", None), (8, 16, 4), mesh) == P(("data", "fsdp"), "context", None)
     with pytest.raises(ValueError, match="claimed twice"):
         spec(("mlp", "vocab"), (8, 8), mesh)
     with pytest.raises(ValueError):
@@ -90,11 +94,13 @@ def test_spec_splits_what_divides_and_keeps_the_rest_whole():
 
 
 def test_the_free_mesh_axis_takes_what_is_left():
-    assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "model": 1}
-    assert dict(make_mesh(MeshConfig(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "model": 2}
+    sizes = lambda *cfg: tuple(make_mesh(MeshConfig(*cfg)).shape.values())  # noqa: E731
+    assert sizes() == (8, 1, 1, 1)
+    assert sizes(2, -1, 1, 2) == (2, 2, 1, 2)
+    assert sizes(1, 2, -1) == (1, 2, 4, 1)
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 4), (1, 1, 1)])
+@pytest.mark.parametrize("sizes", [(3,), (-1, 3), (2, 2, 1, 4), (2, 2, 4), (1,)])
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
     with pytest.raises(UserError, match=r"does not fit 8 devices"):
         make_mesh(MeshConfig(*sizes))
@@ -102,7 +108,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
 
 def test_heads_that_stay_whole_are_listed():
     axes, shapes = axes_and_shapes()
-    listed = replicated(make_mesh(MeshConfig(-1, 1, 2)), axes, shapes)
+    listed = replicated(make_mesh(MeshConfig(-1, 1, 1, 2)), axes, shapes)
     assert "layers.0.attn.fa.w_q" in listed and "layers.0.attn.la.a_log" in listed
     assert "layers.0.attn.fa.w_k" not in listed  # two kept KV heads
     assert "layers.0.attn.w_o" not in listed  # four heads
@@ -111,7 +117,7 @@ def test_heads_that_stay_whole_are_listed():
 
 
 def test_no_parameter_of_any_head_layout_claims_a_mesh_axis_twice():
-    mesh = make_mesh(MeshConfig(2, 2, 2))
+    mesh = make_mesh(MeshConfig(2, 2, 1, 2))
     cfg = replace(
         CFG, tied_embeddings=False, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True
     )
@@ -128,12 +134,37 @@ def test_no_parameter_of_any_head_layout_claims_a_mesh_axis_twice():
 
 
 def test_rows_go_to_the_devices_of_data_and_fsdp():
-    mesh = make_mesh(MeshConfig(2, 2, 2))
+    mesh = make_mesh(MeshConfig(2, 2, 1, 2))
     rows = place_batch(mesh, {"tokens": np.arange(32).reshape(8, 4)})["tokens"]
     assert {s.data.shape for s in rows.addressable_shards} == {(2, 4)}
     np.testing.assert_array_equal(jnp.asarray(rows), np.arange(32).reshape(8, 4))
 
 
+def test_tokens_go_to_the_devices_of_context_in_order():
+    rows = place_batch(make_mesh(MeshConfig(2, 1, 4)), {"tokens": np.arange(32).reshape(4, 8)})
+    for shard in rows["tokens"].addressable_shards:
+        row, token = (0 if part.start is None else part.start for part in shard.index)
+        np.testing.assert_array_equal(shard.data, 8 * row + token + np.array([[0, 1], [8, 9]]))
+
+
 def test_rows_that_cannot_be_split_are_refused():
     with pytest.raises(UserError, match="6 rows cannot be split over mesh data x fsdp = 4"):
-        place_batch(make_mesh(MeshConfig(2, 2, 2)), {"tokens": np.zeros((6, 4), np.int32)})
+        place_batch(make_mesh(MeshConfig(2, 2, 1, 2)), {"tokens": np.zeros((6, 4), np.int32)})
+
+
+def test_tokens_that_cannot_be_split_are_refused():
+    with pytest.raises(UserError, match=r"rows of 6 tokens .* mesh.context=4; set data.seq_len to"):
+        place_batch(make_mesh(MeshConfig(2, 1, 4)), {"tokens": np.zeros((6, 6), np.int32)})
+
+
+def test_one_line_says_what_is_split_and_what_that_costs():
+    plan = HeadPlan(((0, 1, 3), (), (0, 1, 2, 3)), 4, 2)
+    assert head_split(plan, make_mesh(MeshConfig())) == ""
+    assert head_split(plan, make_mesh(MeshConfig(-1, 1, 1, 2))) == (
+        "mesh.model=2 splits FA heads in 1 of 2 layers (1.43 x an even split), GDN heads in 1 of 2 "
+        "layers (1.20 x an even split); other layers' are whole on every device"
+    )
+    full = HeadPlan.all_full(3, 4, 2)
+    assert head_split(full, make_mesh(MeshConfig(-1, 1, 1, 4))).startswith(
+        "mesh.model=4 splits FA heads in 3 of 3 layers (1.00 x an even split); other"
+    )

@@ -1,9 +1,10 @@
 """HBM of one device: what a step keeps there, and which knob to turn when it is too much.
 
 State, teacher and rows are counted from shapes and shardings. `activations` is what the forward
-pass keeps for the backward pass, found by tracing the loss on the rows of one device; with
-mesh.model > 1 it is an upper bound, since heads and MLP widths are then split further. The total is
-the compiler's, and `other` is what it needs beside: gradients, working space, code.
+pass keeps for the backward pass, found by tracing the loss on one device's tokens; with mesh.model
+> 1 it is an upper bound, since heads and MLP widths are then split further, and with mesh.context >
+1 it lacks what a device keeps of the others' tokens, their keys and state maps. The total is the
+compiler's, and `other` is what it needs beside: gradients, working space, code.
 """
 
 import math
@@ -74,8 +75,9 @@ def activations(layout: Layout) -> int:
     """
     cfg, mesh = layout.programs.run, layout.mesh
     rows = cfg.data.rows // cfg.train.accum // (mesh.shape["data"] * mesh.shape["fsdp"])
+    tokens = cfg.data.seq_len // mesh.shape["context"]
     batch = {
-        name: jax.ShapeDtypeStruct((max(rows, 1), cfg.data.seq_len), a.dtype)
+        name: jax.ShapeDtypeStruct((max(rows, 1), tokens), a.dtype)
         for name, a in layout.batch().items()
     }
     student, trained = _shapes(layout.student.params), _shapes(layout.trained())
@@ -89,7 +91,7 @@ def activations(layout: Layout) -> int:
         )
         return backward
 
-    one = Mesh(mesh.devices.reshape(-1)[:1].reshape(1, 1, 1), mesh.axis_names)
+    one = Mesh(mesh.devices.reshape(-1)[:1].reshape((1,) * mesh.devices.ndim), mesh.axis_names)
     with jax.set_mesh(one):
         jaxpr = jax.make_jaxpr(residuals)(batch, trained, frozen, teacher).jaxpr
     weights = {a.shape for a in (*student.values(), *teacher.values())}
@@ -160,12 +162,11 @@ def refusal(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> str:
 
 def advice(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> Iterator[str]:
     """Knobs with the values to try, those first that cost least."""
-    devices = mesh["data"] * mesh["fsdp"] * mesh["model"]
     split = mesh["data"] * mesh["fsdp"]
     if mesh["data"] > 1:
         yield (
             f"split parameters and moments over more devices, --config.mesh.data=1 "
-            f"--config.mesh.fsdp={devices // mesh['model']} (now {mesh['data']} and {mesh['fsdp']})"
+            f"--config.mesh.fsdp={split} (now {mesh['data']} and {mesh['fsdp']})"
         )
     if memory.state > memory.hbm:
         return  # rows and activations are not what is too much
@@ -176,9 +177,10 @@ def advice(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> Iterator[str
         yield f"smaller micro-batches, --config.train.accum={more} (now {cfg.train.accum})"
     if cfg.train.remat != "block":
         yield f"keep less for the backward pass, --config.train.remat=block (now {cfg.train.remat})"
-    if cfg.train.loss_chunk // split > 1:
-        less = cfg.train.loss_chunk // 2
-        yield f"fewer logits at a time, --config.train.loss_chunk={less} (now {less * 2})"
+    now = cfg.train.loss_chunk
+    less = min(now, max(rows, 1) * cfg.data.seq_len // mesh["context"]) // 2
+    if less > 0:
+        yield f"fewer logits at a time, --config.train.loss_chunk={less} (now {now})"
     if rows <= 1:
         length = cfg.data.seq_len
         yield f"shorter rows, --config.data.seq_len={length // 2} (now {length})"

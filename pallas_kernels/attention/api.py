@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import (
+    context,
     cudnn,
     pallas_tpu,
     pallas_tpu_step,
@@ -29,6 +30,7 @@ from pallas_kernels.attention import (
     step,
     xla,
 )
+from pallas_kernels.rows import run_numbers
 
 __all__ = ["AttentionParams", "attention", "attention_step"]
 
@@ -106,6 +108,7 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     implementation: str | tuple[str, ...] | None = None,
+    axis_name: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attend from q to k and v; query head n reads key head n // (N / K).
 
@@ -113,8 +116,14 @@ def attention(
     that comes back starts a new document; a pair (query ids, key ids) is compared as given.
     `q_offset` is the absolute position of the first query among the keys, for all rows or per row.
     `window` counts the keys seen, the query's own included. `scale` is H**-0.5 unless given.
+
+    `axis_name`: the arrays are parts of rows whose tokens lie on the devices of that mesh axis, in
+    order; `q_offset` is still that of the whole rows' first query.
     """
     _check_heads(q, k, v)
+    if axis_name is not None:
+        _segments(segment_ids, q, k)  # for its errors
+        k, v, segment_ids, q_offset = context.gather_keys(axis_name, q, k, v, segment_ids, q_offset)
     static_offset = int(q_offset) if isinstance(q_offset, int | np.integer) else None
     offset = None if static_offset is not None else _row_offsets(q_offset, q.shape[0])
     if window is not None and (not causal or window < 1):
@@ -262,8 +271,7 @@ def _segments(segment_ids, q, k):
             f"segment_ids: expected a pair (query ids, key ids) for {q.shape[1]} queries and "
             f"{k.shape[1]} keys, got one array"
         )
-    change = segment_ids[:, 1:] != segment_ids[:, :-1]
-    runs = jnp.cumsum(jnp.pad(change, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+    runs = run_numbers(segment_ids)
     return runs, runs
 
 

@@ -15,7 +15,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.causal_conv import reference, step, xla
+from pallas_kernels.causal_conv import context, reference, step, xla
+from pallas_kernels.rows import run_numbers
 
 __all__ = ["CausalConvParams", "causal_conv", "causal_conv_step"]
 
@@ -51,12 +52,16 @@ def causal_conv(
     initial_state: Float[Array, "B W-1 C"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | tuple[str, ...] | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B W-1 C"]]:
     """Convolve every channel with its taps and return the last W - 1 inputs as the next state.
 
     `segment_ids` cut a row into documents wherever neighbours differ; `initial_state`, the inputs
     before the first token, belongs to the first document. Rows of the returned state that lie in
     an earlier document than the last token are 0. `activation` is None or "silu".
+
+    `axis_name`: x and the ids are parts of rows whose tokens lie on the devices of that mesh axis,
+    in order; both states are those of the whole rows, the same on all of them.
     """
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x: expected a non-empty (B, T, C), got {x.shape}")
@@ -68,8 +73,16 @@ def causal_conv(
     runs = None
     if segment_ids is not None:
         _expect("segment_ids", segment_ids, x.shape[:2], jnp.dtype(jnp.int32))
-        change = segment_ids[:, 1:] != segment_ids[:, :-1]
-        runs = jnp.cumsum(jnp.pad(change, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+        runs = run_numbers(segment_ids)
+    last = _last_inputs(x, initial_state, runs)
+    if axis_name is not None:
+        if x.shape[1] < w.shape[0] - 1:
+            raise ValueError(
+                f"x: expected at least W - 1 = {w.shape[0] - 1} tokens on each device of axis "
+                f"{axis_name!r}, got {x.shape}"
+            )
+        initial_state = context.halo(axis_name, last, initial_state, segment_ids)
+        last = context.of_last_part(axis_name, last)
     choice = dispatch.resolve("causal_conv", implementation, IMPLEMENTATIONS, TABLE, params)
     operands = (x, w, initial_state, runs)
     if all(IMPLEMENTATIONS[name].apply is None for name in choice.names):
@@ -77,7 +90,7 @@ def causal_conv(
     else:
         branches = {name: functools.partial(_one, name, params) for name in choice.names}
         y = dispatch.platform_switch(choice, branches, *operands)
-    return y, _last_inputs(x, initial_state, runs)
+    return y, last
 
 
 def causal_conv_step(

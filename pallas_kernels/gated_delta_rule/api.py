@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.gated_delta_rule import (
+    context,
     mosaic_gpu,
     mosaic_gpu_backward,
     mosaic_gpu_step,
@@ -33,6 +34,7 @@ from pallas_kernels.gated_delta_rule import (
     xla,
 )
 from pallas_kernels.precision import accumulator
+from pallas_kernels.rows import run_numbers
 
 __all__ = ["GatedDeltaConfig", "GatedDeltaParams", "gated_delta_rule", "gated_delta_step"]
 
@@ -139,6 +141,7 @@ def gated_delta_rule(
     segment_ids: Int[Array, "B T"] | None = None,
     config: GatedDeltaConfig | None = None,
     implementation: str | tuple[str, ...] | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T R E"], Float[Array, "B R H E"]]:
     """Run the gated delta rule over whole sequences and return the outputs and the last state.
 
@@ -146,6 +149,9 @@ def gated_delta_rule(
     A token with beta = 0 and g = 0 leaves the state untouched: pad with those. `segment_ids` cut a
     row into documents wherever neighbours differ, so an id that comes back starts a new document;
     `initial_state` belongs to the first one. `scale` is H**-0.5 unless given.
+
+    `axis_name`: the arrays are parts of rows whose tokens lie on the devices of that mesh axis, in
+    order; both states are those of the whole rows, the same on all of them.
     """
     batch, dim = _check_sequence(q, k, v, g, beta)
     params = _params(q, v, scale, config)
@@ -158,6 +164,12 @@ def gated_delta_rule(
     if segment_ids is not None:
         _expect("segment_ids", segment_ids, batch, jnp.dtype(jnp.int32))
         runs = run_numbers(segment_ids)
+    if axis_name is not None:
+        part = functools.partial(
+            gated_delta_rule, scale=scale, config=config, implementation=implementation
+        )
+        arrays = q, k, v, g, beta
+        return context.over_parts(part, axis_name, arrays, segment_ids, initial_state)
     choice = dispatch.resolve("gated_delta_rule", implementation, IMPLEMENTATIONS, TABLE, params)
     operands = (q, k, v, g, beta, runs, initial_state)
     if all(IMPLEMENTATIONS[name].apply is None for name in choice.names):
@@ -187,12 +199,6 @@ def gated_delta_step(
     choice = dispatch.resolve("gated_delta_step", implementation, STEPS, STEP_TABLE, params)
     branches = {name: functools.partial(STEPS[name].apply, params) for name in choice.names}
     return dispatch.platform_switch(choice, branches, q, k, v, g, beta, state)
-
-
-def run_numbers(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Number the runs of equal neighbours, so that an id that comes back does not join."""
-    change = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.cumsum(jnp.pad(change, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
 
 
 def _one(name: str, params: GatedDeltaParams, *operands):
