@@ -20,12 +20,12 @@ Axes = tuple[str | None, ...]
 
 MESH_AXES = ("data", "fsdp", "context", "model")
 
-# logical axis -> mesh axes. Weights are split over fsdp along the width, activations over rows and
-# over the tokens of a row.
+# logical axis -> mesh axes. Activations are split over rows and over the tokens of a row, weights
+# along the width over fsdp, and over context too: else devices that share rows would hold copies.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "tokens": ("context",),
-    "width": ("fsdp",),
+    "width": ("fsdp", "context"),
     "mlp": ("model",),
     "vocab": ("model",),
     "fa_heads": ("model",),
