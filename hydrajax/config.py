@@ -229,7 +229,7 @@ class MeshConfig:
 
     data: int = -1  # rows of a step
     fsdp: int = 1  # rows as well; parameters and moments are split over it
-    context: int = 1  # tokens of a row, in equal parts; divides data.seq_len
+    context: int = 1  # tokens of a row, in equal parts (divides data.seq_len); parameters as fsdp
     model: int = 1  # heads, MLP width, vocabulary
 
     def __post_init__(self):

@@ -22,12 +22,12 @@ Axes = tuple[str | None, ...]
 
 MESH_AXES = ("data", "fsdp", "context", "model")
 
-# logical axis -> mesh axes. Weights are split over fsdp along the width, activations over rows and
-# over the tokens of a row.
+# logical axis -> mesh axes. Activations are split over rows and over the tokens of a row, weights
+# along the width over fsdp, and over context too: else devices that share rows would hold copies.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "tokens": ("context",),
-    "width": ("fsdp",),
+    "width": ("fsdp", "context"),
     "mlp": ("model",),
     "vocab": ("model",),
     "fa_heads": ("model",),
@@ -40,14 +40,15 @@ RULES: dict[str, tuple[str, ...]] = {
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over all devices, or those given; the axis given as -1 takes what the others leave."""
-    sizes = [getattr(cfg, axis) for axis in MESH_AXES]
+    given = cfg.data, cfg.fsdp, cfg.context, cfg.model
+    sizes = list(given)
     devices = jax.devices() if devices is None else devices
     count, processes = len(devices), len({device.process_index for device in devices})
     fixed = int(np.prod([s for s in sizes if s != -1]))
     if -1 in sizes and count % fixed == 0:
         sizes[sizes.index(-1)] = count // fixed
     if int(np.prod(sizes)) != count or -1 in sizes:
-        asked = ", ".join(f"{axis}={getattr(cfg, axis)}" for axis in MESH_AXES)
+        asked = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, given, strict=True))
         raise UserError(f"mesh {asked} does not fit {count} devices.")
     local, together = count // processes, sizes[2] * sizes[3]
     if processes > 1 and local % together:

@@ -80,8 +80,8 @@ def test_a_step_on_a_mesh_equals_a_step_on_one_device(sizes):
 
 def test_spec_splits_what_divides_and_keeps_the_rest_whole():
     mesh = {"data": 2, "fsdp": 2, "context": 2, "model": 2}
-    assert spec(("width", "mlp"), (16, 24), mesh) == P("fsdp", "model")
-    assert spec(("width", "fa_heads", None), (16, 3, 4), mesh) == P("fsdp", None, None)
+    assert spec(("width", "mlp"), (16, 24), mesh) == P(("fsdp", "context"), "model")
+    assert spec(("width", "fa_heads", None), (16, 3, 4), mesh) == P(("fsdp", "context"), None, None)
     assert spec(("batch", None, "heads", None), (8, 16, 4, 4), mesh)[0] == ("data", "fsdp")
     assert spec(("batch", None), (6, 16), mesh) == P(None, None)
     assert spec(("batch", "tokens", None), (8, 16, 4), mesh) == P(("data", "fsdp"), "context", None)
