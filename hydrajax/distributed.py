@@ -1,12 +1,10 @@
-"""Several processes as one run: start-up, agreement, barriers that name the missing, signals."""
+"""Several processes as one run: start-up, agreement, signals (who is gone: `liveness`)."""
 
-import contextlib
 import json
 import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -66,68 +64,6 @@ def gather_json(value: Any) -> list[Any]:
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
-
-
-class Barriers:
-    """Meeting points that time out and name who is missing; make one while all are alive.
-
-    JAX's own barrier waits for ever, and its key-value store is private, so the lead keeps a
-    socket: each process sends its index there and hears back who did not come.
-    """
-
-    def __init__(self) -> None:
-        self._server: socket.socket | None = None
-        self._waiting: dict[str, dict[int, socket.socket]] = {}  # lead: barrier -> who came
-        if jax.process_count() == 1:
-            return
-        if is_lead():
-            self._server = socket.create_server(("", 0), backlog=jax.process_count())
-        port = self._server.getsockname()[1] if self._server else 0
-        self._address = tuple(gather_json([own_address(), port])[0])
-
-    def meet(self, name: str, timeout_s: float) -> None:
-        """Wait for all processes; after `timeout_s` a `UserError` names those that are missing."""
-        if jax.process_count() == 1:
-            return
-        deadline = time.monotonic() + timeout_s
-        missing = self._host(name, deadline) if self._server else self._attend(name, deadline)
-        if missing:
-            raise UserError(
-                f"Barrier {name!r}: no sign of processes {missing} of {jax.process_count()} within "
-                f"{timeout_s:g} s. See their logs, then start all processes again to resume."
-            )
-
-    def close(self) -> None:
-        if self._server:
-            self._server.close()
-
-    def _host(self, name: str, deadline: float) -> list[int]:
-        assert self._server is not None
-        came = self._waiting.setdefault(name, {})
-        while len(came) < jax.process_count() - 1 and time.monotonic() < deadline:
-            self._server.settimeout(max(0.01, deadline - time.monotonic()))
-            with contextlib.suppress(TimeoutError):
-                guest, _ = self._server.accept()
-                guest.settimeout(5)  # who connects also speaks
-                other, index = json.loads(guest.makefile().readline())
-                # A guest may be ahead of us and wait at a later barrier already.
-                self._waiting.setdefault(other, {})[index] = guest
-        missing = sorted(set(range(1, jax.process_count())) - set(came))
-        for guest in self._waiting.pop(name).values():
-            with contextlib.suppress(OSError), guest:  # a guest that died is found next time
-                guest.sendall(json.dumps(missing).encode() + b"\n")
-        return missing
-
-    def _attend(self, name: str, deadline: float) -> list[int]:
-        grace = 5.0  # the lead may have come late: let its own time-out tell who is missing
-        try:
-            with socket.create_connection(self._address, deadline - time.monotonic()) as lead:
-                lead.sendall(json.dumps([name, jax.process_index()]).encode() + b"\n")
-                lead.settimeout(max(0.0, deadline - time.monotonic()) + grace)
-                answer = lead.makefile().readline()
-        except OSError:
-            answer = ""
-        return json.loads(answer) if answer else [0]
 
 
 class Preemption:
