@@ -23,6 +23,7 @@ def stage(name: str, options: dict[str, str]):
     config.data.seq_len = 512
     config.data.rows = 64
     config.train.remat = "none"  # 80 GB and more; "block" on smaller devices
+    config.train.loss_chunk = 8192
     config.train.save_every = 100
     config.optim.warmup_steps = 20
     return config
