@@ -109,7 +109,7 @@ def train(cfg: RunConfig) -> None:
     )  # fmt: skip
     loop = Loop(
         programs, mesh, places, pipeline, store, writer,
-        holdout=holdout_batches(cfg, tokenizer),
+        holdout=holdout_batches(cfg, tokenizer, mesh.shape["data"] * mesh.shape["fsdp"]),
         flops_per_token=train_flops_per_token(start.model, start.plan, cfg.data.seq_len, cfg.stage),
     )  # fmt: skip
     with jax.set_mesh(mesh):
@@ -117,8 +117,8 @@ def train(cfg: RunConfig) -> None:
     say(f"done: {cfg.out}")
 
 
-def holdout_batches(cfg: RunConfig, tokenizer) -> list[dict]:
-    """Held-out rows in micro-batches; none when the text keeps none back."""
+def holdout_batches(cfg: RunConfig, tokenizer, multiple: int) -> list[dict]:
+    """Held-out rows in micro-batches of a multiple of rows; none when the text keeps none back."""
     if cfg.data.files and not cfg.data.holdout:
         return []
     return eval_rows(
@@ -127,6 +127,7 @@ def holdout_batches(cfg: RunConfig, tokenizer) -> list[dict]:
         HOLDOUT_ROWS,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        multiple=multiple,
     )
 
 

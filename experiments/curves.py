@@ -12,6 +12,8 @@ third is the same arithmetic in another order: how far two curves part by roundi
 
 import argparse
 import json
+import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -26,10 +28,10 @@ PYTHON = sys.executable
 
 def job(text: str, train: list[str], root: Path) -> Job:
     """`name: key=value ...` as a command of train.py that writes to `root`/name."""
-    name, _, changes = text.partition(":")
+    name, colon, changes = text.partition(":")
     wrong = [item for item in changes.split() if "=" not in item]
-    if wrong or not name.strip():
-        raise SystemExit(f"{text!r}: expected 'name: key=value ...', got {wrong or 'no name'}")
+    if wrong or not colon or not re.fullmatch(r"[\w-]+", name.strip()):
+        raise SystemExit(f"{text!r}: expected 'name: key=value ...', got {wrong or repr(name)}")
     flags = [f"--config.{item}" for item in changes.split()]
     out = f"--config.out={root / name.strip()}"
     return Job(name.strip(), (PYTHON, "train.py", *train, *flags, out))
@@ -51,6 +53,8 @@ def difference(a: dict[int, float], b: dict[int, float]) -> tuple[float, float]:
     """Largest and root mean square of the relative difference of two curves, b the base."""
     if a.keys() != b.keys():
         raise ValueError(f"curves of other steps: {sorted(a)} and {sorted(b)}")
+    if not all(map(math.isfinite, (*a.values(), *b.values()))):
+        raise ValueError("a curve is not finite")
     parts = [abs(a[step] - b[step]) / abs(b[step]) for step in b]
     return max(parts), statistics.fmean(x * x for x in parts) ** 0.5
 
@@ -82,6 +86,8 @@ def main() -> None:
         own, train = own[: own.index("--")], own[own.index("--") + 1 :]
     args = parser.parse_args(own)
     jobs = [job(text, train, args.root) for text in args.runs]
+    if len({job.name for job in jobs}) < len(jobs):
+        parser.error(f"runs need names of their own, got {[job.name for job in jobs]}")
     done = run_chains({"curves": jobs}, tuple(filter(None, [args.gpu])), args.root / "logs")
     rows = [row(d.name, d.command, d.seconds, args.root / d.name) for d in done]
     meta = make_lineage(["python", "-m", "experiments.curves", *sys.argv[1:]], None)
@@ -90,7 +96,9 @@ def main() -> None:
     meta |= {"device": device, "seeds": {"train": 0}}
     meta |= {"commit": args.commit} if args.commit else {}
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    report = {"meta": meta, "rows": rows, "summary": summary(rows)}
+    report = {"meta": meta, "rows": rows, "summary": {}}
+    args.results.write_text(json.dumps(report, indent=1) + "\n")  # whatever they compare to
+    report["summary"] = summary(rows)
     args.results.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["summary"], indent=1))
 

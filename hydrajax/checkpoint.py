@@ -267,7 +267,12 @@ class CheckpointStore:
         path = self._path(step) / DATA
         if not path.is_file():
             return None
-        return json.loads(path.read_bytes())
+        position = json.loads(path.read_bytes())
+        if not isinstance(position, list):
+            return position
+        if any(other != position[0] for other in position):  # one for each process, once
+            raise UserError(f"{path} holds {len(position)} positions in the data that differ.")
+        return position[0]
 
 
 def load_run(folder: str | Path, step: int | None = None) -> Run:

@@ -1,8 +1,12 @@
 """How every command starts and ends: quiet libraries, one line for a user error, exit code 2."""
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 
 from hydrajax.typing import UserError
@@ -22,7 +26,22 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         app.run(quiet, flags_parser=_parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """One of several processes leaves at once: JAX's own way out waits there for all of them, who
+    wait for this one."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _parse(argv: list[str]) -> list[str]:

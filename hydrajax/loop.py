@@ -4,6 +4,7 @@ Nothing inside talks to the device by accident (`transfer_guard`), metrics are f
 log interval, and every way out either saved or says why it could not.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def run_loop(loop: Loop, state: TrainState, teacher_params: dict) -> TrainState:
     step = saved = int(state.step)
     profile = Profile(cfg.profile, loop.writer.folder)
 
-    with Preemption() as preemption:
+    with Preemption() as preemption, contextlib.closing(loop.store):
         while step < cfg.steps:
             with chrono.waiting():
                 batch = place_batch(loop.mesh, next(loop.pipeline))
@@ -72,9 +73,9 @@ def run_loop(loop: Loop, state: TrainState, teacher_params: dict) -> TrainState:
         profile.stop()
         if step > saved:
             _save(loop, step, state)
+        loop.store.wait()
         if step == cfg.steps:
             _evaluate(loop, eval_fn, state, teacher_params, step)
-        loop.store.close()
     loop.pipeline.close()
     loop.writer.close()
     return state

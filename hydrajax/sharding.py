@@ -15,6 +15,7 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hydrajax.cache import CONV_WIDTH
 from hydrajax.config import MeshConfig
 from hydrajax.typing import Array, UserError
 
@@ -147,13 +148,14 @@ class Split:
         """`own(whole, shares)` on all of `whole` and each device's share of the arrays `shares`."""
         if not self.manual:
             return own
-        return jax.shard_map(
+        run = jax.shard_map(
             own,
             in_specs=(P(), self.parts),
             out_specs=outputs,
             axis_names=self.manual,
             check_vma=False,
         )
+        return jax.jit(run)  # axes that stay the compiler's need one
 
     def _names(self) -> tuple[str, ...]:
         groups = (part if isinstance(part, tuple) else (part,) for part in self.parts if part)
@@ -245,6 +247,11 @@ def check_batch(mesh: Mesh, rows: int, tokens: int) -> None:
             f"rows of {tokens} tokens cannot be split over mesh.context={context}; set "
             f"data.seq_len to a multiple of {context}, best of {context} x the chunk of the delta "
             "rule (64, on TPU 128), or choose another mesh.context."
+        )
+    if context > 1 and tokens // context < CONV_WIDTH - 1:
+        raise UserError(
+            f"rows of {tokens} tokens are too short for mesh.context={context}: a device needs "
+            f"{CONV_WIDTH - 1} tokens, what a convolution looks back; raise data.seq_len."
         )
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:

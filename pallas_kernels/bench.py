@@ -63,7 +63,10 @@ def _earlier(path: Path, meta: dict) -> tuple[list[dict], list[dict]]:
     """Rows and metas of the runs that a file holds."""
     if not path.is_file():
         return [], []
-    old = json.loads(path.read_text())
+    try:
+        old = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        sys.exit(f"{path} is no result file: {error}")
     if old["meta"]["device"] != meta["device"]:
         sys.exit(f"{path} was measured on {old['meta']['device']}, this is {meta['device']}")
     before = old["meta"].pop("earlier_runs", [])
@@ -73,9 +76,10 @@ def _earlier(path: Path, meta: dict) -> tuple[list[dict], list[dict]]:
 
 def _name(row: dict) -> tuple:
     """What a row is of; the shape of time rows, so that implementations stay beside each other."""
+    dims = tuple(row.get("dims", ()))
     if row["what"] == "time":
-        return ("time", row["shape"])
-    return tuple(row.get(key) for key in ("what", "implementation", "inputs"))
+        return ("time", row["shape"], dims)
+    return (*(row.get(key) for key in ("what", "implementation", "inputs")), dims)
 
 
 def _parse(arguments):

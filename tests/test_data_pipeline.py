@@ -221,6 +221,8 @@ def test_eval_rows_are_fixed_and_padded(corpus):
     assert_same(
         a, [{k: np.concatenate([x[k], y[k]]) for k in x} for x, y in zip(*halves, strict=True)]
     )
+    (wide,) = eval_rows(cfg, TOKENIZER, 6, multiple=16)  # devices that share the rows of a batch
+    assert len(wide["tokens"]) == 16 and not wide["segment_ids"][6:].any()
     train = take(make_pipeline(replace(cfg, files=(), synthetic_share=1.0), TOKENIZER), 1)[0]
     held = eval_rows(replace(cfg, files=(), synthetic_share=1.0), TOKENIZER, 4)[0]
     assert not np.array_equal(train["tokens"], held["tokens"])

@@ -103,6 +103,9 @@ def test_curves_of_other_steps_are_refused(tmp_path):
     short = curve(tmp_path / "short", [2.0], [1.0])
     with pytest.raises(ValueError, match="other steps"):
         curves.summary([long, short, short])
+    lost = curve(tmp_path / "lost", [2.0, float("nan")], [1.0, 1.0])
+    with pytest.raises(ValueError, match="not finite"):
+        curves.summary([lost, long, long])
 
 
 def test_a_curve_is_a_command_of_train(tmp_path):
@@ -112,3 +115,5 @@ def test_a_curve_is_a_command_of_train(tmp_path):
     )
     with pytest.raises(SystemExit, match="expected 'name: key=value"):
         curves.job("a: chunk", [], tmp_path)
+    with pytest.raises(SystemExit, match=r"got 'xla kernels\.gated_delta_rule=xla'"):
+        curves.job("xla kernels.gated_delta_rule=xla", [], tmp_path)

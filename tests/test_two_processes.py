@@ -18,12 +18,16 @@ SMALL = (
     "--config.data.rows=4", "--config.data.seq_len=64", "--config.data.workers=0",
     "--config.train.compute_dtype=float32", "--config.mesh.data=2",
 )  # fmt: skip
+MISSING = ('--config.data.files=("/nonexistent/text.txt",)',)
 ENV = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
 pytestmark = [pytest.mark.multihost, pytest.mark.timeout(600)]
 
 
-def start(out: Path, processes: int, *flags: str) -> list[subprocess.Popen]:
-    """`train.py` on the pretraining of the tiny teacher, two devices in one process or in two."""
+def start(out: Path, processes: int, *flags: str, bad: int | None = None) -> list[subprocess.Popen]:
+    """`train.py` on the pretraining of the tiny teacher, two devices in one process or in two.
+
+    Process `bad` looks for a file that is not there.
+    """
     command = [sys.executable, "train.py", "--config=configs/tiny/pretrain.py", *SMALL, *flags]
     if processes == 1:
         own = [{"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}]
@@ -34,9 +38,10 @@ def start(out: Path, processes: int, *flags: str) -> list[subprocess.Popen]:
         together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
         own = [together | {"JAX_PROCESS_ID": str(i)} for i in range(processes)]
     return [
-        subprocess.Popen([*command, f"--config.out={out}"], cwd=ROOT, env=ENV | one, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for one in own
+        subprocess.Popen([*command, f"--config.out={out}", *(MISSING if i == bad else ())],
+                         cwd=ROOT, env=ENV | one, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT)
+        for i, one in enumerate(own)
     ]  # fmt: skip
 
 
@@ -110,3 +115,11 @@ def test_a_killed_process_is_named(victim, tmp_path):
     other = 1 - victim
     assert codes[victim] == -signal.SIGKILL and codes[other] not in (0, -signal.SIGKILL)
     assert f"error: process {victim} of 2 is gone" in said[other], said[other]
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_error_of_one_process_ends_both(bad, tmp_path):
+    codes, said = ended(start(tmp_path / "run", 2, bad=bad), 120)
+    assert codes[bad] == 2 and "error: " in said[bad] and "/nonexistent/text.txt" in said[bad]
+    assert codes[1 - bad] not in (0, 2), said[1 - bad]
+    assert f"error: process {bad} of 2 is gone" in said[1 - bad], said[1 - bad]

@@ -7,6 +7,7 @@ process; where that matters, encode the text once with `python -m hydrajax.data`
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -168,14 +169,17 @@ def eval_rows(
     *,
     process_index: int = 0,
     process_count: int = 1,
+    multiple: int = 1,
 ) -> list[Batch]:
-    """Return the same first `rows` held-out rows each time, in batches of at most `cfg.rows`.
+    """Return the same first `rows` held-out rows each time, in batches of about `cfg.rows`.
 
-    The last batch is filled up with padding, and there are fewer rows where the text ends.
+    A batch has a multiple of `multiple` rows, which the devices of a mesh share; what is missing is
+    padding. There are fewer rows where the text ends.
     """
     stream = _open_stream(cfg, tokenizer, "holdout")
     found = [row for row, _ in zip(stream.rows(epochs=1), range(rows), strict=False)]
-    size = min(cfg.rows, -(-rows // process_count) * process_count)
+    multiple = math.lcm(multiple, process_count)
+    size = -(-min(cfg.rows, rows) // multiple) * multiple
     share = _share(size, process_index, process_count)
     found += [packing.empty(cfg.seq_len, stream.pad_id)] * (-len(found) % size)
     return [

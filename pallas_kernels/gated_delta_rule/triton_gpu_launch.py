@@ -37,8 +37,8 @@ def jax_triton():
         os.environ.pop("TRITON_CACHE_DIR", None)
     else:
         os.environ["TRITON_CACHE_DIR"] = cache
-    if jax_triton.__version_info__ >= (0, 4):
-        raise decline(NAME, "needs jax-triton 0.3", jax_triton.__version__)
+    if not (0, 3) <= getattr(jax_triton, "__version_info__", ()) < (0, 4):
+        raise decline(NAME, "needs jax-triton 0.3", getattr(jax_triton, "__version__", "none"))
     return jax_triton
 
 

@@ -181,6 +181,8 @@ def test_a_second_run_adds_to_the_first_and_mixes_no_ratios(tmp_path):
     }
     again = bench.main(f"{words} --parts time --add".split())
     assert len(again["rows"]) == len(report["rows"]) and len(again["meta"]["earlier_runs"]) == 2
+    more = bench.main(f"{words} --parts decode --decode 3 --add".split())
+    assert len(rows(more, what="decode")) == len(rows(again, what="decode")) + 2
     other = json.loads(out.read_text())
     other["meta"]["device"] = "1 x TPU v9"
     out.write_text(json.dumps(other))
