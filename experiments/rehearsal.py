@@ -166,8 +166,8 @@ memory and HBM traffic are then upper estimates.
 
 {implementations}
 
-Each row is of the commit that its file names. One without `pallas_tpu` is older than the TPU kernels;
-one that names no `gated_delta_rule` is older than that op's label.
+Each row is of the commit that its file names. Those of f82ba3c are older than losses that walk over each
+device's own tokens: what they send, and their time with it, was many times more than it is now.
 
 ## Assumptions
 
