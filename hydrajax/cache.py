@@ -7,8 +7,6 @@ from jax.tree_util import register_dataclass
 
 from hydrajax.typing import Array, Float, Int
 
-CONV_WIDTH = 4
-
 
 @dataclass(frozen=True)
 class KVCache:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from hydrajax.model_config import ModelConfig, check_choices, one_of
 from hydrajax.typing import UserError
 
+CONV_WIDTH = 4  # taps of the short convolution of GDN heads
 STAGES = ("pretrain", "align", "distill", "extend")
 
 

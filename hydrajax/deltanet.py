@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hydrajax.cache import CONV_WIDTH, DeltaState
-from hydrajax.config import HydraConfig, KernelConfig, ModelConfig
+from hydrajax.cache import DeltaState
+from hydrajax.config import CONV_WIDTH, HydraConfig, KernelConfig, ModelConfig
 from hydrajax.head_plan import LayerPlan
 from hydrajax.layers import (
     Sequence,

@@ -15,8 +15,7 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hydrajax.cache import CONV_WIDTH
-from hydrajax.config import MeshConfig
+from hydrajax.config import CONV_WIDTH, MeshConfig
 from hydrajax.typing import Array, UserError
 
 Axes = tuple[str | None, ...]
