@@ -92,7 +92,8 @@ class CheckpointStore:
         if opt_state is not None:
             trees["opt_state"] = flatten(opt_state)
         arrays = {name: describe(tree) for name, tree in trees.items()}
-        position = None if data is None else json.dumps(data).encode()  # as it is now
+        # Now, not in the background: the position goes on with the next batch.
+        position = None if data is None else json.dumps(data, default=_plain).encode()
         try:
             self._prepare()
             with _orbax_context():
@@ -305,6 +306,11 @@ def make_lineage(command: list[str], parent: str | Path | None) -> dict[str, Any
         "parent": None if parent is None else str(parent),
         "parent_hash": None if parent is None else params_hash(parent),
     }
+
+
+def _plain(x: Any) -> Any:
+    """numpy scalars and arrays, for JSON."""
+    return x.tolist()
 
 
 def _commit() -> str | None:
