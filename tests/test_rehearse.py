@@ -309,7 +309,7 @@ def test_the_message_names_sizes_and_the_knob():
          ["--config.train.remat=block (now none)", "--config.train.loss_chunk=256 (now 512)",
           "--config.data.seq_len=256 (now 512)"]),
         # Micro-batches must still divide over the devices.
-        (MESH, config(rows=24, accum=2, loss_chunk=4), SIZES,
+        (MESH, config(rows=24, accum=2, loss_chunk=1), SIZES,
          ["--config.train.accum=6 (now 2)"]),
     ],
 )  # fmt: skip

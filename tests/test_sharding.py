@@ -141,10 +141,11 @@ def test_rows_go_to_the_devices_of_data_and_fsdp():
 
 
 def test_tokens_go_to_the_devices_of_context_in_order():
-    rows = place_batch(make_mesh(MeshConfig(2, 1, 4)), {"tokens": np.arange(32).reshape(4, 8)})
+    rows = place_batch(make_mesh(MeshConfig(2, 1, 4)), {"tokens": np.arange(64).reshape(4, 16)})
     for shard in rows["tokens"].addressable_shards:
         row, token = (0 if part.start is None else part.start for part in shard.index)
-        np.testing.assert_array_equal(shard.data, 8 * row + token + np.array([[0, 1], [8, 9]]))
+        want = 16 * row + token + np.array([[0, 1, 2, 3], [16, 17, 18, 19]])
+        np.testing.assert_array_equal(shard.data, want)
 
 
 def test_rows_that_cannot_be_split_are_refused():
@@ -155,6 +156,11 @@ def test_rows_that_cannot_be_split_are_refused():
 def test_tokens_that_cannot_be_split_are_refused():
     with pytest.raises(UserError, match=r"rows of 6 tokens .* mesh.context=4; set data.seq_len to"):
         place_batch(make_mesh(MeshConfig(2, 1, 4)), {"tokens": np.zeros((6, 6), np.int32)})
+
+
+def test_rows_shorter_than_the_convolution_looks_back_are_refused():
+    with pytest.raises(UserError, match=r"rows of 8 tokens are too short for mesh.context=4"):
+        place_batch(make_mesh(MeshConfig(2, 1, 4)), {"tokens": np.zeros((6, 8), np.int32)})
 
 
 def test_one_line_says_what_is_split_and_what_that_costs():
