@@ -7,7 +7,7 @@ divides them. An axis that does not divide its mesh axis is replicated, never pa
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -141,7 +141,7 @@ class Split:
 
     def sum(self, x: Array) -> Array:
         """Over the shares; inside of `run`."""
-        return jax.lax.psum(x, self._names()) if self.manual else x
+        return jax.lax.psum(x, _names(self.parts)) if self.manual else x
 
     def run(self, own: Callable, outputs) -> Callable:
         """`own(whole, shares)` on all of `whole` and each device's share of the arrays `shares`."""
@@ -156,9 +156,11 @@ class Split:
         )
         return jax.jit(run)  # axes that stay the compiler's need one
 
-    def _names(self) -> tuple[str, ...]:
-        groups = (part if isinstance(part, tuple) else (part,) for part in self.parts if part)
-        return tuple(name for group in groups for name in group)
+
+def _names(parts: P) -> tuple[str, ...]:
+    """The mesh axes in a spec."""
+    groups = (part if isinstance(part, tuple) else (part,) for part in parts if part)
+    return tuple(name for group in groups for name in group)
 
 
 def split_of(axes: Axes, shape: tuple[int, ...]) -> Split:
@@ -174,9 +176,8 @@ def split_of(axes: Axes, shape: tuple[int, ...]) -> Split:
     ]
     if math.prod(shares) == 1:
         return Split(P(), (1,) * len(shape))
-    manual = {name for name, size in sizes.items() if size == 1}
-    split = Split(parts, tuple(shares))
-    return replace(split, manual=frozenset(manual | set(split._names())))
+    alone = {name for name, size in sizes.items() if size == 1}
+    return Split(parts, tuple(shares), frozenset(alone | set(_names(parts))))
 
 
 def devices_of(axis: str) -> int:

@@ -79,8 +79,7 @@ def carried(
     """As `frozen`, but the heads with live = 1 are recomputed from x."""
     _, o_RTNH = block.attn(block.attn_norm(x), seq)
     change_RTNH = (o_RTNH - _per_stream(head_out, x)) * live[:, None]
-    change_RTD = jnp.einsum("rtnh,nhd->rtd", change_RTNH, block.attn.w_o[...].astype(x.dtype))
-    return block.after_attention(x + _per_stream(attn_out, x) + change_RTD)
+    return block.after_attention(x + _per_stream(attn_out, x) + _mixed(block, change_RTNH))
 
 
 @jax.jit
@@ -95,8 +94,7 @@ def given(
     attn_out, o_RTNH = block.attn(block.attn_norm(x), seq)
     _, other_RTNH = block.attn(block.attn_norm(other), seq)
     change_RTNH = (other_RTNH - o_RTNH) * live[:, None]
-    change_RTD = jnp.einsum("rtnh,nhd->rtd", change_RTNH, block.attn.w_o[...].astype(x.dtype))
-    return block.after_attention(x + attn_out + change_RTD)
+    return block.after_attention(x + attn_out + _mixed(block, change_RTNH))
 
 
 @jax.jit
@@ -141,6 +139,11 @@ def final_norm(norm: nnx.Module, x: Float[Array, "... D"]) -> Float[Array, "... 
 def repeat(x: Array, streams: int) -> Array:
     """Rows [B, ...] as streams [R, ...]."""
     return jnp.repeat(x, streams, axis=0)
+
+
+def _mixed(block: Block, change: Float[Array, "R T N H"]) -> Float[Array, "R T D"]:
+    """What W_O makes of a change of head outputs, without its bias."""
+    return jnp.einsum("rtnh,nhd->rtd", change, block.attn.w_o[...].astype(change.dtype))
 
 
 def _per_stream(x: Float[Array, "B ..."], like: Float[Array, "R ..."]) -> Float[Array, "R ..."]:
