@@ -1,6 +1,7 @@
 """Measure an op and its peers on this machine and write every row as JSON as soon as it is there.
 
     python -m pallas_kernels.bench --op gated_delta_rule --out results/kernels/gdn_h100.json
+    python -m pallas_kernels.bench --op attention --out results/scale/attention_h100.json
 
 `--shapes 8x4096x16` (rows, tokens, heads) and `--implementations mosaic_gpu,xla` limit what is run;
 what fails says so in its row and the rest goes on; nothing new is begun when `--limit` seconds are
@@ -9,6 +10,7 @@ device was the same; ratios are never of two runs.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -19,12 +21,14 @@ from pathlib import Path
 
 import jax
 
+from pallas_kernels.attention import bench as attention
 from pallas_kernels.gated_delta_rule import bench as gated_delta_rule
 from pallas_kernels.timing import Clock
 
 __all__ = ["git", "main", "versions", "write"]
 
-OPS = {"gated_delta_rule": gated_delta_rule}
+OPS = {"attention": attention, "gated_delta_rule": gated_delta_rule}
+INTEGERS = ("dim", "repeats", "twin", "decode", "groups", "document", "seed")
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -77,8 +81,8 @@ def _earlier(path: Path, meta: dict) -> tuple[list[dict], list[dict]]:
 def _name(row: dict) -> tuple:
     """What a row is of; the shape of time rows, so that implementations stay beside each other."""
     dims = tuple(row.get("dims", ()))
-    if row["what"] == "time":
-        return ("time", row["shape"], dims)
+    if row["what"] in ("time", "packed"):
+        return (row["what"], row.get("shape"), dims)
     return (*(row.get(key) for key in ("what", "implementation", "inputs")), dims)
 
 
@@ -91,14 +95,15 @@ def _parse(arguments):
     parser.add_argument("--parts", type=lambda x: tuple(x.split(",")))
     parser.add_argument("--add", action="store_true")
     parser.add_argument("--limit", type=float, default=230.0, help="seconds")
-    for name in ("dim", "repeats", "twin", "decode", "seed"):
+    for name in INTEGERS:
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--seconds", type=float, help="about how long a repeat takes")
     args = parser.parse_args(arguments)
-    names = (
-        "shapes", "implementations", "parts", "dim", "repeats", "twin", "decode", "seed", "seconds"
-    )  # fmt: skip
+    names = ("shapes", "implementations", "parts", "seconds", *INTEGERS)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    known = {field.name for field in dataclasses.fields(OPS[args.op].Options)}
+    if other := sorted(given.keys() - known):
+        parser.error(f"--op {args.op} knows no {', '.join(other)}")
     try:
         return OPS[args.op].Options(**given), args
     except ValueError as error:

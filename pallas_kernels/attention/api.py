@@ -19,10 +19,11 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, hopper
 from pallas_kernels.attention import (
     context,
     cudnn,
+    mosaic_gpu,
     pallas_tpu,
     pallas_tpu_step,
     reference,
@@ -40,7 +41,8 @@ class AttentionParams:
     """Static facts of one call, handed to every implementation; also what `check` judges.
 
     `q_offset` is None when the offset is only known at run time; `paired` says that the ids of
-    queries and keys were given apart, so that a query need not see itself.
+    queries and keys were given apart, so that a query need not see itself; `ordered` says that ids
+    do not fall along a row, so that a document is one range of keys.
     """
 
     scale: float
@@ -49,6 +51,7 @@ class AttentionParams:
     q_offset: int | None
     segmented: bool
     paired: bool
+    ordered: bool
     shape_q: tuple[int, ...]
     shape_k: tuple[int, ...]
     dtype: jnp.dtype
@@ -68,6 +71,13 @@ IMPLEMENTATIONS = {
     "reference": dispatch.Implementation(check=reference.check, apply=reference.apply),
     "xla": dispatch.Implementation(check=xla.check, forward=xla.forward, backward=xla.backward),
     "cudnn": dispatch.Implementation(check=cudnn.check, apply=cudnn.apply, platforms=("cuda",)),
+    "mosaic_gpu": dispatch.Implementation(
+        check=mosaic_gpu.check,
+        check_device=hopper.check_device,
+        forward=mosaic_gpu.forward,
+        backward=mosaic_gpu.backward,
+        platforms=("cuda",),
+    ),
     "pallas_tpu": dispatch.Implementation(
         check=pallas_tpu.check,
         check_device=pallas_tpu.check_device,
@@ -82,7 +92,11 @@ IMPLEMENTATIONS = {
         platforms=("tpu",),
     ),
 }
-TABLE = {"tpu": ("pallas_tpu", "splash", "xla"), "default": ("xla",)}
+TABLE = {
+    "tpu": ("pallas_tpu", "splash", "xla"),
+    "cuda": ("mosaic_gpu", "xla"),
+    "default": ("xla",),
+}
 
 STEPS = {
     "reference": dispatch.Implementation(check=reference.check, apply=reference.apply_step),
@@ -121,6 +135,7 @@ def attention(
     order; `q_offset` is still that of the whole rows' first query.
     """
     _check_heads(q, k, v)
+    ordered = not isinstance(segment_ids, tuple)
     if axis_name is not None:
         _segments(segment_ids, q, k)  # for its errors
         k, v, segment_ids, q_offset = context.gather_keys(axis_name, q, k, v, segment_ids, q_offset)
@@ -136,6 +151,7 @@ def attention(
         q_offset=static_offset,
         segmented=q_ids is not None,
         paired=isinstance(segment_ids, tuple),
+        ordered=ordered,
         shape_q=q.shape,
         shape_k=k.shape,
         dtype=jnp.dtype(q.dtype),

@@ -38,6 +38,7 @@ class _Call:
             q_offset=0,
             segmented=True,
             paired=False,
+            ordered=True,
             shape_q=(1, self.tokens, self.heads, self.dim),
             shape_k=(1, self.tokens, self.key_heads, self.dim),
             dtype=jnp.dtype(self.dtype),

@@ -18,7 +18,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, hopper
 from pallas_kernels.gated_delta_rule import (
     context,
     mosaic_gpu,
@@ -72,7 +72,7 @@ class GatedDeltaParams:
 IMPLEMENTATIONS = {
     "mosaic_gpu": dispatch.Implementation(
         check=mosaic_gpu.check,
-        check_device=mosaic_gpu.check_device,
+        check_device=hopper.check_device,
         forward=mosaic_gpu.forward,
         backward=mosaic_gpu_backward.backward,
         platforms=("cuda",),
@@ -103,7 +103,7 @@ TABLE = {
 STEPS = {
     "mosaic_gpu": dispatch.Implementation(
         check=mosaic_gpu_step.check,
-        check_device=mosaic_gpu.check_device,
+        check_device=hopper.check_device,
         apply=mosaic_gpu_step.apply,
         platforms=("cuda",),
     ),

@@ -9,45 +9,29 @@ where a kernel is built.
     H key dim   E value dim
 """
 
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels import hopper
 from pallas_kernels.dispatch import decline
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import gate_rows, whole_chunks
 from pallas_kernels.gated_delta_rule.mosaic_gpu_prepare import prepare
 from pallas_kernels.gated_delta_rule.mosaic_gpu_recurrence import recurrence
 from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import count_segments, segment_starts
 
-NAME = "mosaic_gpu"
 CHUNK = 64
 HEAD_DIMS = (64, 128)
-HOPPER = ("H100", "H200", "H20", "H800", "GH200")
 
 
 def check(params) -> None:
     """Decline below jax 0.11 and what the kernels are not written for."""
-    check_version()
+    hopper.check_version()
     if params.dtype != jnp.bfloat16:
-        raise decline(NAME, "takes bfloat16", params.dtype)
+        raise decline(hopper.NAME, "takes bfloat16", params.dtype)
     dims = params.shape_q[-1], params.shape_v[-1]
     if dims[0] != dims[1] or dims[0] not in HEAD_DIMS:
-        raise decline(NAME, f"needs equal key and value dims in {HEAD_DIMS}", dims)
+        raise decline(hopper.NAME, f"needs equal key and value dims in {HEAD_DIMS}", dims)
     if params.config.chunk != CHUNK:
-        raise decline(NAME, f"needs chunks of {CHUNK}", params.config.chunk)
-
-
-def check_version() -> None:
-    """Decline below jax 0.11."""
-    if jax.__version_info__ < (0, 11):
-        raise NotImplementedError(
-            f"{NAME}: needs jax >= 0.11 (Python >= 3.12), found {jax.__version__}"
-        )
-
-
-def check_device(kind: str | None) -> None:
-    """Decline what is not Hopper; None is a device that is not known while tracing."""
-    if kind is None or not set(HOPPER) & set(kind.split()):
-        raise decline(NAME, f"runs on Hopper ({', '.join(HOPPER)})", kind)
+        raise decline(hopper.NAME, f"needs chunks of {CHUNK}", params.config.chunk)
 
 
 def forward(params, q, k, v, g, beta, runs, initial_state):

@@ -11,7 +11,8 @@ out. A step waits for M, not for the products.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import TILE, add_products, matrix
+from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import TILE, add_products
+from pallas_kernels.hopper import matrix
 
 SLOTS = 2
 

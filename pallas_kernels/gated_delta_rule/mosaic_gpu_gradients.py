@@ -35,9 +35,9 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     indices,
     load,
     load_row,
-    matrix,
     products,
 )
+from pallas_kernels.hopper import matrix
 
 # The sums: rowsum(E) + rowsum(Q * dQ1) + rowsum(K * dK2), colsum(E), rowsum(K * dK1), dbeta, all
 # by rows of the chunk, and <S, dS+> by rows of S.

@@ -21,9 +21,9 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     decay,
     indices,
     load_row,
-    matrix,
     products,
 )
+from pallas_kernels.hopper import matrix
 
 SMALL, HALF = 16, 32  # 16 is what one step of wgmma contracts: packing below it saves nothing
 

@@ -32,9 +32,9 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     decay,
     load,
     load_column,
-    matrix,
     products,
 )
+from pallas_kernels.hopper import matrix
 
 SLOTS = 2
 

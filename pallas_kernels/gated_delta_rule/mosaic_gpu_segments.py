@@ -24,9 +24,9 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     add_products,
     load,
     load_column,
-    matrix,
     products,
 )
+from pallas_kernels.hopper import matrix
 
 SLOTS = 3
 APPLY = 1  # what a map costs, in chunks of the recurrence

@@ -14,22 +14,25 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import hopper
 from pallas_kernels.dispatch import decline
 from pallas_kernels.gated_delta_rule import mosaic_gpu, step
-from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import TILE, matrix
+from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import TILE
+from pallas_kernels.hopper import matrix
 
-NAME = mosaic_gpu.NAME
 DTYPES = ("bfloat16", "float32")
 
 
 def check(params) -> None:
     """Decline below jax 0.11 and what the kernel is not written for."""
-    mosaic_gpu.check_version()
+    hopper.check_version()
     H, E = params.shape_q[-1], params.shape_v[-1]
     if H not in mosaic_gpu.HEAD_DIMS or E % TILE:
-        raise decline(NAME, f"needs a key dim in {mosaic_gpu.HEAD_DIMS}, values by {TILE}", (H, E))
+        raise decline(
+            hopper.NAME, f"needs a key dim in {mosaic_gpu.HEAD_DIMS}, values by {TILE}", (H, E)
+        )
     if params.dtype.name not in DTYPES:
-        raise decline(NAME, f"takes {', '.join(DTYPES)}", params.dtype)
+        raise decline(hopper.NAME, f"takes {', '.join(DTYPES)}", params.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

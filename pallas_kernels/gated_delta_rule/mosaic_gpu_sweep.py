@@ -32,10 +32,10 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     decay,
     load,
     load_column,
-    matrix,
     products,
     zeros,
 )
+from pallas_kernels.hopper import matrix
 
 SLOTS = 2
 

@@ -11,16 +11,6 @@ TILE = 64
 PROCESSORS = 132  # of an H100 or H200
 
 
-def matrix(dtype, *shape):
-    """Shared memory for matrices in the layout that wgmma and TMA read."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    size = jnp.dtype(dtype).itemsize
-    width = min(shape[-1], 128 // size)
-    transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * size))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
 def products(*sums):
     """For every list of pairs return the fp32 sum of a @ b over it; all are in flight at once."""
     from jax.experimental import pallas as pl

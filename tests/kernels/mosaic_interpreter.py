@@ -26,26 +26,41 @@ def interpreted():
         width = 128 // jnp.dtype(dtype).itemsize
         return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)
 
-    kernel, wgmma, add = plgpu.kernel, plgpu.wgmma, jnp.sum
+    kernel, over_refs, wgmma, add = plgpu.kernel, pl.kernel, plgpu.wgmma, jnp.sum
     staging = []  # of the kernel being traced
 
-    def kernel_with_staging(body, *, scratch_types, num_threads=None, thread_name=None, **kwargs):
+    def staged(body, threads, thread_name):
+        """The body with what it stages through; also what to run it with."""
+
         def wrapped(*refs):
             *refs, shared, scratch = refs
-            thread = jax.lax.axis_index(thread_name) if num_threads else 0
+            thread = jax.lax.axis_index(thread_name) if threads else 0
             own = {dtype: ref.at[thread] for dtype, ref in shared.items()}
             staging.append(own | {"scratch": scratch})
             body(*refs)
             staging.pop()
 
         shared = {
-            dtype: plgpu.SMEM((num_threads or 1, 64, 128), dtype, transforms=transforms(dtype))
+            dtype: plgpu.SMEM((threads or 1, 64, 128), dtype, transforms=transforms(dtype))
             for dtype in ("bfloat16", "float32")
         }
+        return wrapped, [shared, plgpu.SMEM((64,), jnp.float32)]
+
+    def kernel_with_staging(body, *, scratch_types, num_threads=None, thread_name=None, **kwargs):
+        body, extra = staged(body, num_threads, thread_name)
         if num_threads:
             kwargs |= {"num_threads": num_threads, "thread_name": thread_name}
-        scratch = plgpu.SMEM((64,), jnp.float32)
-        return kernel(wrapped, scratch_types=[*scratch_types, shared, scratch], **kwargs)
+        return kernel(body, scratch_types=[*scratch_types, *extra], **kwargs)
+
+    def kernel_over_refs(body, *, mesh, **kwargs):
+        """Kernels that change arrays in place are made by `pl.kernel`."""
+
+        def run(*refs):
+            wrapped, extra = staged(lambda *_: body(*refs), mesh.num_threads, mesh.thread_name)
+            axes = mesh.thread_name if mesh.num_threads else ()
+            pl.run_scoped(wrapped, *extra, collective_axes=axes)
+
+        return over_refs(run, mesh=mesh, **kwargs)
 
     def wgmma_through_shared(acc, a, b):
         if isinstance(a, jax.Array):
@@ -78,6 +93,7 @@ def interpreted():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plgpu, "kernel", kernel_with_staging)
+        patch.setattr(pl, "kernel", kernel_over_refs)
         patch.setattr(plgpu, "wgmma", wgmma_through_shared)
         patch.setattr(jnp, "sum", sum_through_shared)
         patch.setattr(plgpu.ACC, "init", staticmethod(lambda x: x))

@@ -115,6 +115,7 @@ def params_of(spec, dtype="float32", paired=True):
         q_offset=None if isinstance(spec.q_offset, tuple) else spec.q_offset,
         segmented=bool(spec.documents),
         paired=paired,
+        ordered=not paired,
         shape_q=(B, T, N, H),
         shape_k=(B, S, K, H),
         dtype=jnp.dtype(dtype),

@@ -209,7 +209,7 @@ def test_declines_an_old_jax(monkeypatch):
 @pytest.mark.parametrize("kind", [None, "cpu", "NVIDIA A100-SXM4-40GB", "NVIDIA B200"])
 def test_declines_other_devices(kind):
     with pytest.raises(NotImplementedError, match=rf"^mosaic_gpu: runs on Hopper .*, got {kind}$"):
-        mosaic_gpu.check_device(kind)
+        hopper.check_device(kind)
 
 
 @pytest.mark.parametrize("heads, chunks, dim", [(448, 8, 64), (128, 64, 128), (16, 512, 128)])

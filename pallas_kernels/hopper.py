@@ -1,0 +1,38 @@
+"""What every Mosaic GPU kernel for NVIDIA Hopper asks of jax and of the chip, and its memory.
+
+Mosaic GPU, not the same in every jax, is imported where a kernel is built.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import decline
+
+__all__ = ["CHIPS", "NAME", "check_device", "check_version", "matrix"]
+
+NAME = "mosaic_gpu"
+CHIPS = ("H100", "H200", "H20", "H800", "GH200")
+
+
+def check_version() -> None:
+    """Decline below jax 0.11."""
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError(
+            f"{NAME}: needs jax >= 0.11 (Python >= 3.12), found {jax.__version__}"
+        )
+
+
+def check_device(kind: str | None) -> None:
+    """Decline what is not Hopper; None is a device that is not known while tracing."""
+    if kind is None or not set(CHIPS) & set(kind.split()):
+        raise decline(NAME, f"runs on Hopper ({', '.join(CHIPS)})", kind)
+
+
+def matrix(dtype, *shape):
+    """Shared memory for matrices in the layout that wgmma and TMA read."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    size = jnp.dtype(dtype).itemsize
+    width = min(shape[-1], 128 // size)
+    transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * size))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
