@@ -1,4 +1,4 @@
-"""Attention on Hopper without a GPU: interpreted against float64, compiled for an H100, declined."""
+"""Attention on Hopper without a GPU: interpreted against float64, compiled, declined, its walks."""
 
 import dataclasses
 import functools
@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention, hopper
-from pallas_kernels.attention import mosaic_gpu, mosaic_gpu_backward
+from pallas_kernels.attention import mosaic_gpu, mosaic_gpu_backward, reference
+from pallas_kernels.attention.api import AttentionParams
 from pallas_kernels.attention.arg_specs import SPECS, AttentionArgs
 from pallas_kernels.attention.mosaic_gpu_tiles import KEYS, QUERIES
+from pallas_kernels.rows import run_numbers
 from tests.kernels import h100, op_suite
 from tests.kernels.mosaic_interpreter import interpreted
 from tests.kernels.test_attention import OP
@@ -64,24 +66,15 @@ def params_of(shape, **changes):
         shape_k=(B, S, K, H),
         dtype=jnp.dtype(jnp.bfloat16),
     )
-    return mosaic_gpu_params(**values | changes)
-
-
-def mosaic_gpu_params(**values):
-    from pallas_kernels.attention.api import AttentionParams
-
-    return AttentionParams(**values)
+    return AttentionParams(**values | changes)
 
 
 @pytest.mark.parametrize("name", [n for n in SPECS if n != "document_pair"] + list(CASES))
 def test_ranges_are_the_mask(name):
     """Every implementation's mask, seen keys of a query in one range."""
-    from pallas_kernels.attention import reference
-    from pallas_kernels.rows import run_numbers
-
     spec = (SPECS | CASES)[name]
     arrays = spec.arrays(np.random.default_rng(0))
-    B, T, S, _, _, _ = spec.shape
+    _, T, S, _, _, _ = spec.shape
     ids = None if arrays["kv_ids"] is None else run_numbers(jnp.asarray(arrays["kv_ids"]))
     static = isinstance(spec.q_offset, int)
     offset = None if static else jnp.asarray(arrays["q_offset"])
