@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import decline
 
-__all__ = ["CHIPS", "NAME", "check_device", "check_version", "matrix"]
+__all__ = ["CHIPS", "NAME", "check_device", "check_version", "matrix", "parameters"]
 
 NAME = "mosaic_gpu"
 CHIPS = ("H100", "H200", "H20", "H800", "GH200")
@@ -36,3 +36,19 @@ def matrix(dtype, *shape):
     width = min(shape[-1], 128 // size)
     transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * size))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def parameters(barriers: bool = False):
+    """Of the compiler. It puts barriers around every store to shared memory and before every copy
+    only if asked to: our kernels say themselves where the four warps of a warpgroup wait for each
+    other, by `commit_smem`, `wait_smem_to_gmem` or a barrier at which all threads arrive. One is
+    due between a product that reads an operand and the store that replaces it, since each warp
+    waits for its own rows of the product alone.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.CompilerParams(
+        approx_math=True,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+        unsafe_no_auto_barriers=not barriers,
+    )

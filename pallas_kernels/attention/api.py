@@ -42,7 +42,7 @@ class AttentionParams:
 
     `q_offset` is None when the offset is only known at run time; `paired` says that the ids of
     queries and keys were given apart, so that a query need not see itself; `ordered` says that ids
-    do not fall along a row, so that a document is one range of keys.
+    are run numbers of the keys' row, so that a document is one range of keys.
     """
 
     scale: float

@@ -8,7 +8,6 @@ documents cost what they hold and an offset nothing.
     R queries of a tile of the backward kernel
 """
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels import hopper
@@ -73,8 +72,9 @@ def ranges(params, q_ids, kv_ids, offset):
     if params.window is not None:
         first = jnp.maximum(at - params.window + 1, 0)
     if q_ids is not None:
-        first = jnp.maximum(first, _search(kv_ids, q_ids, "left"))
-        end = jnp.minimum(end, _search(kv_ids, q_ids, "right"))
+        starts = _starts(kv_ids)
+        first = jnp.maximum(first, jnp.take_along_axis(starts, q_ids, 1))
+        end = jnp.minimum(end, jnp.take_along_axis(starts, q_ids + 1, 1))
     return first, end
 
 
@@ -117,10 +117,14 @@ def statistics(R: int, lse, delta, first, end):
     return jnp.stack([lse, delta, first, end, *whole], 3)
 
 
-def _search(ids, wanted, side):
-    """Where the wanted ids begin (left) or end (right) in rows of ids that do not fall."""
-    find = jax.vmap(lambda row, x: jnp.searchsorted(row, x, side=side))
-    return find(ids, wanted).astype(jnp.int32)
+def _starts(runs):
+    """Where the documents begin, by their numbers [B,S+1]; S behind the last."""
+    B, S = runs.shape
+    change = jnp.pad(runs[:, 1:] != runs[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    rows, nowhere = positions(B)[:, None], S + 1
+    starts = jnp.full((B, S + 1), S, jnp.int32)
+    at = jnp.where(change, runs, nowhere)
+    return starts.at[rows, at].set(jnp.broadcast_to(positions(S), (B, S)), mode="drop")
 
 
 def _pad(x, multiple: int, axis: int, mode="constant", **kwargs):

@@ -28,7 +28,7 @@ from pallas_kernels.attention.mosaic_gpu_tiles import (
     last_freed,
     slot_of,
 )
-from pallas_kernels.hopper import matrix
+from pallas_kernels.hopper import matrix, parameters
 
 # Rows of `stats`; the last two hold one number each.
 LSE, DELTA, FIRST, END, LAST_FIRST, FIRST_END = range(6)
@@ -87,9 +87,7 @@ def backward(scale, q, k, v, do, stats, spans, apart=False):
             num_threads=W + 1,
             thread_name="keys",
         ),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=parameters(),
         name="attention_backward",
     )
     parts = S // KEYS if apart else 1

@@ -29,7 +29,7 @@ from pallas_kernels.attention.mosaic_gpu_tiles import (
     seen,
     slot_of,
 )
-from pallas_kernels.hopper import matrix
+from pallas_kernels.hopper import matrix, parameters
 
 
 def forward(scale, q, k, v, rows, tiles):
@@ -78,9 +78,7 @@ def forward(scale, q, k, v, rows, tiles):
         grid_names=("head", "tile", "batch"),
         num_threads=W + 1,
         thread_name="rows",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=parameters(),
         kernel_name="attention_forward",
     )
     return kernel(q, k, v, rows, tiles)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import TILE, add_products
-from pallas_kernels.hopper import matrix
+from pallas_kernels.hopper import matrix, parameters
 
 SLOTS = 2
 
@@ -71,9 +71,7 @@ def fold(added, factors, count, skip, dtype, backward):
         grid_names=("head", "batch"),
         num_threads=W,
         thread_name="rows",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=parameters(barriers=True),
         kernel_name="gdn_segment_fold",
     )(added, factors)
 

@@ -37,7 +37,7 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     load_row,
     products,
 )
-from pallas_kernels.hopper import matrix
+from pallas_kernels.hopper import matrix, parameters
 
 # The sums: rowsum(E) + rowsum(Q * dQ1) + rowsum(K * dK2), colsum(E), rowsum(K * dK1), dbeta, all
 # by rows of the chunk, and <S, dS+> by rows of S.
@@ -110,9 +110,7 @@ def gradients(scale, q, k, v, do, gates, t_inv, states, dstates, dr):
         num_threads=W,
         thread_name="columns",
         kernel_name="gdn_gradients",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=parameters(),
     )(k, states, gates, t_inv, v, dr, q, do, dstates)
 
 
@@ -262,6 +260,7 @@ def _correct(x):
     v[...] = (load_row(x.gates.at[BETA]) * rest).astype(x.k.dtype)
     plgpu.commit_smem()
     (v_new,) = products([(x.t_inv, v)])
+    plgpu.commit_smem()  # all warps have read v
     v[...] = v_new.astype(x.k.dtype)
     return jnp.sum(load(x.dr.at[:, x.own]) * rest, axis=1)
 

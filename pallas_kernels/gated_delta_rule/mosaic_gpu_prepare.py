@@ -23,7 +23,7 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     load_row,
     products,
 )
-from pallas_kernels.hopper import matrix
+from pallas_kernels.hopper import matrix, parameters
 
 SMALL, HALF = 16, 32  # 16 is what one step of wgmma contracts: packing below it saves nothing
 
@@ -63,9 +63,7 @@ def prepare(k, gates):
         ],
         grid=(R, Z, B),
         grid_names=("head", "chunk", "batch"),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=parameters(),
         kernel_name="gdn_prepare",
     )
     return kernel(k, gates)
@@ -133,6 +131,7 @@ def _halves(x):
 def _store(x, pair_s):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    plgpu.commit_smem()  # all warps have read what was here
     for half, half_s in zip(_halves(x), pair_s, strict=True):
         half_s[...] = half
     plgpu.commit_smem()

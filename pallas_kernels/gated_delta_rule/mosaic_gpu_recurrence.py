@@ -34,7 +34,7 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     load_column,
     products,
 )
-from pallas_kernels.hopper import matrix
+from pallas_kernels.hopper import matrix, parameters
 
 SLOTS = 2
 
@@ -85,9 +85,7 @@ def recurrence(scale, q, k, v, gates, t_inv, starts, residuals):
         grid_names=("head", "batch", "segment"),
         num_threads=W,
         thread_name="values",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=parameters(),
         kernel_name="gdn_recurrence",
     )
     o, state, *states = kernel(q, k, v, t_inv, gates, starts)

@@ -26,7 +26,7 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     load_column,
     products,
 )
-from pallas_kernels.hopper import matrix
+from pallas_kernels.hopper import matrix, parameters
 
 SLOTS = 3
 APPLY = 1  # what a map costs, in chunks of the recurrence
@@ -129,9 +129,7 @@ def _maps(k, v, gates, t_inv, start, N, which):
         grid_names=("head", "batch", "map"),
         num_threads=W,
         thread_name="rows",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=parameters(),
         kernel_name="gdn_segment_maps",
     )
     return kernel(k, v, t_inv, gates, start)

@@ -18,7 +18,7 @@ from pallas_kernels import hopper
 from pallas_kernels.dispatch import decline
 from pallas_kernels.gated_delta_rule import mosaic_gpu, step
 from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import TILE
-from pallas_kernels.hopper import matrix
+from pallas_kernels.hopper import matrix, parameters
 
 DTYPES = ("bfloat16", "float32")
 
@@ -86,9 +86,7 @@ def apply(params, q, k, v, g, beta, state):
         body,
         out_type=jax.ShapeDtypeStruct(v.shape, v.dtype),
         mesh=plgpu.Mesh(grid=(R, B, E // TILE), grid_names=("head", "batch", "columns")),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=parameters(barriers=True),
         name="gdn_step",
     )
     states = jax.new_ref(state)

@@ -35,7 +35,7 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     products,
     zeros,
 )
-from pallas_kernels.hopper import matrix
+from pallas_kernels.hopper import matrix, parameters
 
 SLOTS = 2
 
@@ -72,7 +72,7 @@ def sweep(scale, q, k, do, gates, t_inv, ends, length, every_chunk=True):
         plgpu.wait_smem_to_gmem(0)
 
     out_type = [jax.ShapeDtypeStruct((N, B, R, E, H), jnp.float32)]
-    own = [matrix(dtype, W, C, C)]
+    own = [matrix(dtype, W, SLOTS, C, C)]
     if every_chunk:
         out_type += [jax.ShapeDtypeStruct((Z, B, R, *x), dtype) for x in ((E, H), (C, E))]
         own += [matrix(dtype, W, TILE, H), matrix(dtype, W, C, TILE)]
@@ -93,9 +93,7 @@ def sweep(scale, q, k, do, gates, t_inv, ends, length, every_chunk=True):
         num_threads=W,
         thread_name="values",
         kernel_name="gdn_sweep" if every_chunk else "gdn_segment_sweep",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=parameters(),
     )(q, k, do, t_inv, gates, ends)
 
 
@@ -106,7 +104,7 @@ class _Walk(NamedTuple):
     sources: Any  # q, k, do, t_inv, gates in device memory
     results: Any  # dstates, dr
     shared: Any  # the sources of two chunks
-    own: Any  # P, dS+^T, dR~
+    own: Any  # P of two chunks, dS+^T, dR~
     full: Any
     free: Any
     b: Any
@@ -145,7 +143,7 @@ class _Walk(NamedTuple):
         plgpu.commit_smem()
 
     def store_p(self, scores, slot):
-        gate, p_s = self.shared[4].at[slot], self.own[0]
+        gate, p_s = self.shared[4].at[slot], self.own[0].at[slot]
         decays = decay(gate.at[CUMULATIVE], gate.at[RUN])
         p_s[...] = (self.scale * decays * scores).astype(p_s.dtype)
 
@@ -170,7 +168,7 @@ class _Walk(NamedTuple):
         def read(accs):
             ds_k, do_p, ds = accs
             plgpu.wgmma(ds_k, ds_operand, k_s.at[slot].T)
-            plgpu.wgmma(do_p, do_t, self.own[0])
+            plgpu.wgmma(do_p, do_t, self.own[0].at[slot])
             plgpu.wgmma(ds, do_operand, q_s.at[slot])
 
         C = k_s.shape[1]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import GatedDeltaConfig, gated_delta_rule
+from pallas_kernels import GatedDeltaConfig, gated_delta_rule, hopper
 from pallas_kernels.gated_delta_rule import api, mosaic_gpu, reference, xla
 from pallas_kernels.gated_delta_rule.mosaic_gpu_fold import fold
 from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import count_segments, count_sweeps
