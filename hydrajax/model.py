@@ -67,7 +67,7 @@ class Block(nnx.Module):
     """x + attn(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, cfg: ModelConfig, attn: HydraAttention, rngs: nnx.Rngs, remat: str):
-        self.redo = remat == "block"
+        self.redo = remat not in ("none", "dots")  # all of a block, its matmuls too
         self.attn_norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.attn = attn
         self.mlp_norm = RMSNorm(cfg.width, cfg.norm_eps)
