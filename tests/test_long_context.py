@@ -159,12 +159,16 @@ def test_documents_of_one_length_fill_the_row():
     assert positions[[0, 20, 21, 42, 63]].tolist() == [0, 20, 0, 0, 21]
 
 
-def test_the_teacher_shape_is_the_real_step_with_every_head_full():
-    found = long_case.run(*tiny("teacher_shape"))
-    assert found["fits"] and found["fa_heads"] == [8] and len(found["steps_s"]) == 1
-    vocabulary = 259
-    assert found["metrics_of_first_step"]["loss"] == pytest.approx(np.log(vocabulary), rel=0.05)
-    assert "gated_delta_rule" not in found["implementations"]
+def test_the_teacher_shape_has_every_head_full_and_no_gates():
+    rows = {}
+    for shape in long_case.SHAPES:
+        cfg, case = tiny(shape)
+        layout, subject = long_case.lay_out_case(cfg, case, jax.devices())
+        rows[shape] = long_case.facts(cfg, case, layout, subject)
+        gated = any(path.endswith("w_z") for path in layout.student.params)
+        assert gated == (shape == "student") and layout.programs.run.optim == cfg.optim
+    assert [row["fa_heads"] for row in rows.values()] == [[2], [8]]
+    assert rows["teacher_shape"]["trained"] == rows["teacher_shape"]["parameters"]
 
 
 def test_a_student_is_measured_in_a_process_of_its_own_and_kept(monkeypatch, tmp_path):
@@ -178,7 +182,8 @@ def test_a_student_is_measured_in_a_process_of_its_own_and_kept(monkeypatch, tmp
     report = json.loads((tmp_path / "x.json").read_text())
     (found,) = report["rows"]
     assert report["summary"]["student_tokens_per_s_0k"] == found["tokens_per_s"] > 0
-    assert found["fa_heads"] == [2]
+    assert found["metrics_of_first_step"]["loss"] == pytest.approx(np.log(259), rel=0.05)
+    assert found["fa_heads"] == [2] and found["warmed_up"] and len(found["steps_s"]) == 1
     assert found["implementations"] == {
         "attention": ["xla"], "causal_conv": ["xla"], "gated_delta_rule": ["xla"],
     }  # fmt: skip
