@@ -112,10 +112,14 @@ class LinearHeads(nnx.Module):
         self, x: Float[Array, "B T D"], seq: Sequence, kv: tuple[Array, Array] | None
     ) -> Float[Array, "B T R E"]:
         """Head outputs of a whole sequence; documents do not see each other's state."""
-        raw = self._project(x, kv)
-        if self.has_conv:
-            raw = self._conv(raw, segment_ids=seq.segment_ids)
-        q, k, v = self._finish(raw, seq)
+
+        def prepare(raw: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            if self.has_conv:
+                raw = self._conv(raw, segment_ids=seq.segment_ids)
+            return self._finish(raw, seq)
+
+        # Cheap to do again; else the backward pass would keep q, k and v as they are between.
+        q, k, v = jax.checkpoint(prepare)(self._project(x, kv))
         g, beta = self.gates(x, _is_token(seq))
         o, _ = self._rule(q, k, v, g, beta, segment_ids=seq.segment_ids)
         return o
@@ -175,9 +179,8 @@ class LinearHeads(nnx.Module):
 
     def gates(self, x: Array, is_token: Array | None) -> tuple[Array, Array]:
         """Log decay g <= 0 and write strength beta, [B, T, R] fp32; both 0 on padding."""
-        x32 = x.astype(jnp.float32)
-        a = jnp.einsum("btd,dr->btr", x32, self.w_a[...])
-        b = jnp.einsum("btd,dr->btr", x32, self.w_b[...])
+        # Redone in the backward pass: else it would keep a copy of x in fp32.
+        a, b = jax.checkpoint(_small_projections)(x, self.w_a[...], self.w_b[...])
         g = -jnp.exp(self.a_log[...]) * jax.nn.softplus(a + self.dt_bias[...])
         beta = jax.nn.sigmoid(b + self.beta_bias[...]) * (2.0 if self.hydra.neg_eigval else 1.0)
         if is_token is not None:
@@ -255,6 +258,12 @@ class LinearHeads(nnx.Module):
         q, k, v = jnp.split(y, (r * h, (r + kv) * h), axis=-1)
         rows = y.shape[:-1]
         return q.reshape(*rows, r, h), k.reshape(*rows, kv, h), v.reshape(*rows, kv, h)
+
+
+def _small_projections(x: Array, *weights: Array) -> list[Array]:
+    """x times each [D, R], in fp32."""
+    x32 = x.astype(jnp.float32)
+    return [jnp.einsum("btd,dr->btr", x32, w) for w in weights]
 
 
 def _channels(x: Float[Array, "... N H"]) -> Float[Array, "... Ch"]:

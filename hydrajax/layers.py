@@ -4,16 +4,21 @@ Rotary tables follow Hugging Face's `ROPE_INIT_FUNCTIONS` (linear, llama3, yarn)
 rotated in halves: pair i is (x_i, x_{i + H/2}).
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import register_dataclass
 
 from hydrajax.model_config import ModelConfig, RopeConfig
+from hydrajax.sharding import Split, split_of
 from hydrajax.typing import Array, Float, Int
 
 INIT_STD = 0.02
@@ -68,6 +73,81 @@ def project(equation: str, x: Array, w: nnx.Param, b: nnx.Param | None = None) -
     """einsum of an activation with a master weight, in the activation's dtype."""
     y = jnp.einsum(equation, x, w[...].astype(x.dtype))
     return y if b is None else y + b[...].astype(x.dtype)
+
+
+def in_pieces(
+    fn: Callable[[Any, Array], Array], weights: Any, x: Float[Array, "B T D"], most: int
+) -> Float[Array, "B T D"]:
+    """fn(weights, x), of every token alone, for at most `most` tokens of a device at a time.
+
+    The backward pass has x alone and computes each piece again. Every device walks over its own
+    tokens with all of the weights, in the dtype of x; their gradients are added up in fp32 and
+    meet the other devices' once. A length that has no fitting divisor is taken whole.
+    """
+    split = split_of(("batch", "tokens"), x.shape[:2])
+    rows, tokens = split.share(x.shape[:2])
+    least = -(-rows * tokens // most)
+    count = next((n for n in range(least, 2 * least + 1) if tokens % n == 0), 1)
+    return fn(weights, x) if count == 1 else _in_pieces(fn, count, split, weights, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _in_pieces(fn: Callable, count: int, split: Split, weights: Any, x: Array) -> Array:
+    def own(weights: Any, x: Array) -> Array:
+        def body(i: Array, out: Array) -> Array:
+            return _put(out, i, fn(weights, _piece(out, i)))
+
+        # Pieces take the place of their inputs. With an output of its own a loop would start from
+        # zeros, and XLA makes those of all layers at once, at the start of the program.
+        return jax.lax.fori_loop(0, count, body, _cut(x, count)).reshape(x.shape)
+
+    return split.run(own, split.parts)(_cast(weights, x.dtype), x)
+
+
+def _keep_inputs(fn, count: int, split: Split, weights: Any, x: Array):
+    return _in_pieces(fn, count, split, weights, x), (weights, x)
+
+
+def _piece_gradients(fn, count: int, split: Split, inputs: tuple[Any, Array], dout: Array):
+    def own(weights: Any, arrays: tuple[Array, Array]) -> tuple[Any, Array]:
+        x, dout = (_cut(a, count) for a in arrays)
+
+        def body(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            dx, sums = carry
+            _, pull = jax.vjp(fn, weights, _piece(x, i))
+            more, piece = pull(_piece(dx, i))
+            sums = jax.tree.map(lambda total, w: total + w.astype(total.dtype), sums, more)
+            return _put(dx, i, piece), sums
+
+        # Zeros that are not there before this layer's turn, for the same reason.
+        zero = 0.0 * dout[0, 0, 0, 0].astype(jnp.float32)
+        sums = jax.tree.map(lambda w: jnp.broadcast_to(zero, w.shape), weights)
+        dx, sums = jax.lax.fori_loop(0, count, body, (dout, sums))
+        return jax.tree.map(split.sum, sums), dx.reshape(arrays[0].shape)
+
+    weights, x = inputs
+    run = split.run(own, (P(), split.parts))
+    dweights, dx = run(_cast(weights, x.dtype), (x, dout))
+    return jax.tree.map(lambda w, dw: dw.astype(w.dtype), weights, dweights), dx
+
+
+_in_pieces.defvjp(_keep_inputs, _piece_gradients)
+
+
+def _cast(weights: Any, dtype) -> Any:
+    return jax.tree.map(lambda w: w.astype(dtype), weights)
+
+
+def _cut(x: Array, count: int) -> Array:
+    return x.reshape(len(x), count, -1, x.shape[-1])
+
+
+def _piece(x: Array, i: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
+
+
+def _put(x: Array, i: Array, piece: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(x, piece, i, 1)
 
 
 class Embedding(nnx.Module):

@@ -15,13 +15,25 @@ from hydrajax.cache import DecodeState
 from hydrajax.config import HydraConfig, KernelConfig, ModelConfig
 from hydrajax.head_plan import HeadPlan
 from hydrajax.hydra import HydraAttention
-from hydrajax.layers import Embedding, RMSNorm, Sequence, SwiGLU, Unembedding, rope_tables
+from hydrajax.layers import (
+    Embedding,
+    RMSNorm,
+    Sequence,
+    SwiGLU,
+    Unembedding,
+    in_pieces,
+    rope_tables,
+)
 from hydrajax.sharding import constrain
 from hydrajax.typing import Array, Float, Int, Params, UserError
 
 TAPS = ("attn_in", "attn_out", "head_out", "resid")
 
 DEFAULT_KERNELS = KernelConfig()
+
+# Tokens of a device that are in an MLP at a time: their inner activations are three widths each,
+# and as many gradients, beside all that the attention of the layer keeps.
+MLP_TOKENS = 16_384
 
 # Where tokens are split, a GDN layer's states between devices are kept: small, and dear to redo.
 _PARTS = jax.checkpoint_policies.save_only_these_names("gdn_parts")
@@ -54,7 +66,8 @@ jax.tree_util.register_dataclass(Taps, list(TAPS), [])
 class Block(nnx.Module):
     """x + attn(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, cfg: ModelConfig, attn: HydraAttention, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, attn: HydraAttention, rngs: nnx.Rngs, remat: str):
+        self.redo = remat not in ("none", "dots")  # all of a block, its matmuls too
         self.attn_norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.attn = attn
         self.mlp_norm = RMSNorm(cfg.width, cfg.norm_eps)
@@ -68,7 +81,15 @@ class Block(nnx.Module):
         return self.after_attention(x + attn_out), taps
 
     def after_attention(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """The MLP half."""
+        """The MLP half; where blocks are redone, of many tokens a piece at a time."""
+        if self.redo and x.ndim == 3:
+            graph, weights = nnx.split((self.mlp_norm, self.mlp))
+
+            def half(weights: nnx.State, x: Array) -> Array:
+                norm, mlp = nnx.merge(graph, weights)
+                return x + mlp(norm(x))
+
+            return constrain_rows(in_pieces(half, weights, x, MLP_TOKENS))
         return constrain_rows(x + self.mlp(self.mlp_norm(x)))
 
 
@@ -96,7 +117,7 @@ class Model(nnx.Module):
         self.embed = Embedding(cfg, dtype, rngs)
         self.layers = nnx.List(
             [
-                Block(cfg, HydraAttention(cfg, hydra, plan.layer(l), l, kernels, rngs), rngs)
+                Block(cfg, HydraAttention(cfg, hydra, plan.layer(l), l, kernels, rngs), rngs, remat)
                 for l in range(cfg.num_layers)
             ]
         )

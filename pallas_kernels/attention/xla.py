@@ -110,8 +110,8 @@ def _scan_forward(params, q, k, v, q_ids, kv_ids, offset):
     (rows, columns), pairs = _blocks(params)
     q, k, v = _pad(q, rows, 2), _pad(k, columns, 2), _pad(v, columns, 2)
     ids = _pad(_row_ids(params, q_ids), rows, 1), _pad(kv_ids, columns, 1)
-    top = jnp.full(q.shape[:-1], -jnp.inf, acc)
-    carry = (top, jnp.zeros_like(top), jnp.zeros(q.shape, acc))
+    total, o = _zeros(q[..., 0], acc), _zeros(q, acc)
+    carry = (total - jnp.inf, total, o)
 
     def pair(carry, start):
         row, column = start[0], start[1]
@@ -149,8 +149,17 @@ def _scan_backward(params, rows_args, k, v, q_ids, kv_ids, offset):
             _put(x, _cut(x, *at) + y, at[0]) for x, y, at in zip(carry, tile, sizes, strict=True)
         ), None
 
-    carry = tuple(jnp.zeros(x.shape, acc) for x in (q, k, v))
-    return jax.lax.scan(pair, carry, pairs)[0]
+    return jax.lax.scan(pair, tuple(_zeros(x, acc) for x in (q, k, v)), pairs)[0]
+
+
+def _zeros(x, dtype):
+    """Zeros like x that cannot be made before x is there.
+
+    Of plain ones XLA makes those of all layers at once, where the program starts, and keeps them.
+    """
+    first = x[(0,) * x.ndim]
+    never = jnp.isnan(first) & jnp.isinf(first)
+    return jnp.broadcast_to(never.astype(dtype), x.shape)
 
 
 def _blocks(params):

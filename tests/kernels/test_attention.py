@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Literal, jaxprs_in_params
 
 from pallas_kernels import attention, attention_step
 from pallas_kernels.attention import xla
@@ -113,6 +114,22 @@ def test_long_sequences_make_no_square():
     sizes = [int(np.prod(shape)) for shape in op_suite.shapes_in(jaxpr.jaxpr)]
     assert max(sizes) <= 128 * T, max(sizes)  # splash keeps a row's sum in 128 lanes
     assert len(sizes) > 100
+
+
+def test_loops_start_from_nothing_that_could_be_made_before_their_inputs(small_blocks):
+    x = jnp.zeros((1, 64, 2, 16), jnp.float32)
+    loss = lambda q, k, v: attention(q, k, v, implementation="xla").sum()  # noqa: E731
+
+    def constants(jaxpr):
+        for equation in jaxpr.eqns:
+            made = equation.primitive.name == "broadcast_in_dim"
+            if made and isinstance(equation.invars[0], Literal):
+                yield equation.outvars[0].aval
+            for inner in jaxprs_in_params(equation.params):
+                yield from constants(inner)
+
+    found = constants(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x).jaxpr)
+    assert [a.shape for a in found if a.size >= x.size] == [x.shape]  # the cotangent of the sum
 
 
 def test_blocks_that_see_nothing_are_skipped(small_blocks):

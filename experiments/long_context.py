@@ -1,0 +1,293 @@
+"""Memory and tokens/s of extend-stage training at long rows on one GPU, student and teacher shape.
+
+    python -m experiments.long_context --results=results/scale/train_h100.json \\
+        [--limit=1200] [--add] [--cache=runs/long_context/cache] [kernels.attention=xla ...]
+
+The real step of `configs/qwen3_1p7b/extend.py` with random weights, one row of one document: each
+case (`experiments.long_case`) is a process of its own, so that running out of memory ends that case
+alone and its peak is its own. After the listed lengths the longest row of the student that fits is
+searched. The file is written after every case; with `--add` its cases are not repeated.
+
+No case is begun when `--limit` seconds are over, and one under way is cut then. `--ahead=3`
+compiles that many cases in advance, beside the one that is measured: only where XLA does not tune
+on the GPU (XLA_FLAGS=--xla_gpu_autotune_level=0), else it would disturb the measurement.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from experiments.long_case import CONFIG, SHAPES
+from hydrajax.checkpoint import make_lineage
+from hydrajax.manifest import write_atomic
+from pallas_kernels.bench import PACKAGES, versions
+from pallas_kernels.timing import Clock
+
+LENGTHS = (16_384, 65_536, 131_072, 262_144)
+MULTIPLE = 32_768  # the longest row is searched among these
+# Of the GPU's memory, unless the environment says otherwise: XLA takes less by default. The rest
+# is for the contexts of this process and of those that compile ahead.
+FRACTION = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+Row = dict[str, Any]
+Key = tuple[str, int]  # shape and tokens
+
+
+def order(lengths: tuple[int, ...]) -> list[Key]:
+    """Both shapes of the shortest rows first."""
+    return [(shape, tokens) for tokens in sorted(lengths) for shape in SHAPES]
+
+
+def next_probe(known: dict[int, bool], guess: int | None, multiple: int = MULTIPLE) -> int | None:
+    """The next length to try, from those that are known to fit or not; None when it is settled.
+
+    First the guess and its neighbours, then doubling, then bisection between multiples.
+    """
+    if not known:
+        return None
+    low = max((tokens for tokens, fits in known.items() if fits), default=0)
+    high = min((t for t, fits in known.items() if not fits and t > low), default=None)
+    if guess is not None and low < guess and (high is None or guess < high):
+        return guess
+    if high is None:
+        return low + multiple if low == guess else 2 * low
+    if high == guess and high - multiple > low:
+        return high - multiple
+    middle = (low + high) // 2 // multiple * multiple
+    return middle if low < middle < high else None
+
+
+def guess_of(rows: list[Row], multiple: int = MULTIPLE) -> int | None:
+    """The longest multiple whose program should fit, by a line through the two longest students."""
+    sized = {r["tokens"]: r for r in rows if r["shape"] == "student" and "compiled_bytes" in r}
+    if len(sized) < 2 or any("bytes_limit" not in row for row in sized.values()):
+        return None
+    shorter, longer = (sized[tokens] for tokens in sorted(sized)[-2:])
+    slope = (longer["compiled_bytes"] - shorter["compiled_bytes"]) / (
+        longer["tokens"] - shorter["tokens"]
+    )
+    if slope <= 0:
+        return None
+    room = longer["bytes_limit"] - longer["compiled_bytes"]
+    return int((longer["tokens"] + room / slope) // multiple * multiple) or None
+
+
+def fits_of(rows: list[Row]) -> dict[int, bool]:
+    """Which lengths of the student fit, of those that were tried to the end."""
+    return {
+        r["tokens"]: r["fits"]
+        for r in rows
+        if r["shape"] == "student" and r.get("fits") is not None
+    }
+
+
+def summary(rows: list[Row]) -> dict[str, float]:
+    """Rates of both shapes by length, the student's MFU, and the longest row of it that ran."""
+    out = {}
+    for row in rows:
+        if row.get("fits") and not row.get("searched"):
+            name = f"{row['tokens'] // 1024}k"
+            out[f"{row['shape']}_tokens_per_s_{name}"] = row["tokens_per_s"]
+            if row["shape"] == "student" and row.get("mfu") is not None:
+                out[f"mfu_{name}"] = row["mfu"]
+    longest = max((tokens for tokens, fits in fits_of(rows).items() if fits), default=None)
+    return out if longest is None else out | {"max_context": longest}
+
+
+def story(rows: list[Row], guess: int | None, multiple: int = MULTIPLE) -> dict[str, Any]:
+    """How far `max_context` is settled: what ran, what did not fit, what was not tried."""
+    known = fits_of(rows)
+    low = max((tokens for tokens, fits in known.items() if fits), default=0)
+    high = min(
+        (tokens for tokens, fits in known.items() if not fits and tokens > low), default=None
+    )
+    told = {"fits": low, "does_not_fit": high, "multiple": multiple}
+    if next_probe(known, guess, multiple) is None:
+        return told | {"not_tried": "nothing between"}
+    between = f"{low} and {high}" if high else f"{low} and more"
+    return told | {"not_tried": f"rows between {between}: the time was over"}
+
+
+class Runner:
+    """Runs cases in processes until the clock stops."""
+
+    def __init__(self, args: argparse.Namespace, clock: Clock):
+        self.args, self.clock = args, clock
+        self.logs = args.root / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.pool = ThreadPoolExecutor(max(args.ahead, 1))
+        self.compiling: dict[Key, Future] = {}
+
+    def compile_ahead(self, keys: list[Key]) -> None:
+        if self.args.ahead:
+            for key in keys:
+                self.compiling[key] = self.pool.submit(self._call, key, "compile", "--compile-only")
+
+    def measure(self, key: Key, steps: int) -> Row | None:
+        """The row of a case, with `error` where it failed; None where the time was over."""
+        if key in self.compiling:
+            self.compiling.pop(key).result()
+        out = self.args.root / f"{key[0]}_{key[1]}.json"
+        out.unlink(missing_ok=True)
+        options = (f"--out={out}", f"--steps={steps}", f"--seconds={self.args.seconds}")
+        code, log = self._call(key, "run", *options)
+        if code is None:
+            return None
+        if code or not out.is_file():
+            lines = log.read_text(errors="replace").strip().splitlines()
+            last = " ".join(lines[-1:])[-500:]
+            return {
+                "shape": key[0], "tokens": key[1], "error": f"exit code {code}: {last}"
+            }  # fmt: skip
+        return json.loads(out.read_text())
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def _call(self, key: Key, what: str, *options: str) -> tuple[int | None, Path]:
+        """Exit code, None where it was cut, and the log."""
+        args, log = self.args, self.logs / f"{key[0]}_{key[1]}_{what}.log"
+        left = self.clock.left()
+        if left <= 0:
+            return None, log
+        command = [
+            sys.executable, "-m", "experiments.long_case", f"--shape={key[0]}",
+            f"--tokens={key[1]}", f"--config={args.config}", f"--documents={args.documents}",
+            f"--cache={args.cache}", *options, *args.changes,
+        ]  # fmt: skip
+        environment = FRACTION | os.environ
+        if what == "compile":
+            environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        with log.open("w") as file:
+            try:
+                done = subprocess.run(
+                    command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False,
+                    timeout=left,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                return None, log
+        return done.returncode, log
+
+
+def measure_all(runner: Runner, rows: list[Row], args: argparse.Namespace) -> Iterator[Row]:
+    """Rows of the listed cases that `rows` lacks, then those of the search, as they are there."""
+    done = {(row["shape"], row["tokens"]) for row in rows if "error" not in row}
+    rows = list(rows)
+    left = [key for key in order(args.lengths) if key not in done]
+    runner.compile_ahead(left[1:])
+    for key in left:
+        row = runner.measure(key, args.steps)
+        if row is None:
+            return
+        rows.append(row)
+        yield row
+    while args.search and (tokens := next_probe(fits_of(rows), guess_of(rows))) is not None:
+        row = runner.measure(("student", tokens), 0)
+        if row is None:
+            return
+        rows.append(row | {"searched": True})
+        yield rows[-1]
+        if "error" in row:
+            return  # it would be tried again for ever
+
+
+def earlier(path: Path) -> tuple[list[Row], list[dict]]:
+    """Rows and metas of the runs that a file holds; the rows of failed cases are left out."""
+    if not path.is_file():
+        return [], []
+    old = json.loads(path.read_text())
+    before = old["meta"].pop("earlier_runs", [])
+    return [row for row in old["rows"] if "error" not in row], [*before, old["meta"]]
+
+
+def make_meta(args: argparse.Namespace) -> dict[str, Any]:
+    meta = make_lineage(["python", "-m", "experiments.long_context", *sys.argv[1:]], None)
+    del meta["parent"], meta["parent_hash"]
+    meta["versions"] |= versions(PACKAGES)
+    names = ("XLA_FLAGS", *FRACTION)
+    return meta | ({"commit": args.commit} if args.commit else {}) | {
+        "device": "",  # the first case tells
+        "seeds": {"weights": 0, "heads": 0, "tokens": 0},
+        "environment": {name: (FRACTION | os.environ).get(name, "") for name in names},
+        "documents": f"{args.documents} a row, of one length",
+        "tokens_per_s": "tokens of the row by the median of steps_s",
+        "searched": "of these rows one step ran, the first",
+        "peak_bytes": "of the allocator over the whole case",
+        "max_context": "the longest row of the student of which a step ran",
+    }  # fmt: skip
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("changes", nargs="*", help="key=value of the config, of all cases")
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--config", default=CONFIG)
+    parser.add_argument("--lengths", type=_lengths, default=LENGTHS, help="tokens, comma between")
+    parser.add_argument("--documents", type=int, default=1, help="in a row, of one length")
+    parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
+    parser.add_argument("--seconds", type=float, default=100.0, help="for the steps of one case")
+    parser.add_argument("--limit", type=float, default=1200.0, help="seconds for everything")
+    parser.add_argument("--no-search", dest="search", action="store_false")
+    parser.add_argument("--ahead", type=int, default=0, help="cases compiled in advance")
+    parser.add_argument("--add", action="store_true", help="keep and do not repeat earlier cases")
+    parser.add_argument("--root", type=Path, default=Path("runs/long_context"))
+    parser.add_argument("--cache", default="runs/long_context/cache", help="compiled programs")
+    parser.add_argument("--commit", default="", help="of this tree, where git is not at hand")
+    return parser.parse_args(arguments)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    lengths = tuple(map(int, text.split(",")))
+    if min(lengths) < 2:
+        raise argparse.ArgumentTypeError(f"expected numbers of tokens, got {text}")
+    return lengths
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    clock, meta = Clock(args.limit), make_meta(args)
+    rows, before = earlier(args.results) if args.add else ([], [])
+    meta |= {"earlier_runs": before} if before else {}
+    runner = Runner(args, clock)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for row in measure_all(runner, rows, args):
+        rows = [*rows, row | {"date": meta["date"]}]
+        failed += [row["error"]] if "error" in row else []
+        _check_device(meta, rows, args.results)
+        report = {"meta": meta, "rows": rows, "summary": summary(rows)}
+        report["search"] = story(rows, guess_of(rows))
+        write_atomic(args.results, (json.dumps(report, indent=1) + "\n").encode())
+        print(f"{args.limit - clock.left():7.1f} s  {line(row)}", flush=True)
+    runner.close()
+    print(json.dumps(summary(rows) | {"search": story(rows, guess_of(rows))}, indent=1))
+    if failed:
+        sys.exit(f"{len(failed)} cases failed, see {runner.logs}: {'; '.join(failed)}")
+
+
+def _check_device(meta: dict, rows: list[Row], path: Path) -> None:
+    kinds = sorted({row["device_kind"] for row in rows if "device_kind" in row})
+    if len(kinds) > 1:
+        sys.exit(f"{path}: expected cases of one kind of device, got {kinds}")
+    meta["device"] = f"1 x {kinds[0]}" if kinds else "unknown"
+
+
+def line(row: Row) -> str:
+    """A case on the screen."""
+    head = f"{row['shape']:<13} {row['tokens']:>8}  "
+    if "error" in row:
+        return head + row["error"]
+    if not row["fits"]:
+        return head + f"does not fit: {row['message'][:120]}"
+    share = "" if row["mfu"] is None else f"  MFU {row['mfu']:.1%}"
+    peak = f"  {row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else ""
+    return head + f"{row['step_s']:8.2f} s  {row['tokens_per_s']:9.0f} tokens/s{share}{peak}"
+
+
+if __name__ == "__main__":
+    main()
