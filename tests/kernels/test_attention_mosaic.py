@@ -92,6 +92,18 @@ def test_ranges_are_the_mask(name):
     np.testing.assert_array_equal(np.broadcast_to(want, got.shape), got)
 
 
+def test_ranges_of_a_part_of_the_queries():
+    """As `context.gather_keys` makes them: run numbers of the whole row, of the part and its offset."""
+    spec = SPECS["documents"]
+    runs = run_numbers(jnp.asarray(spec.arrays(np.random.default_rng(0))["kv_ids"]))
+    offset = jnp.full((2,), 40, jnp.int32)
+    params = params_of((2, 35, 75, 4, 2, 64), q_offset=None)
+    whole = mosaic_gpu.ranges(params_of((2, 75, 75, 4, 2, 64)), runs, runs, None)
+    part = mosaic_gpu.ranges(params, runs[:, 40:], runs, offset)
+    for x, y in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(x[:, 40:], y)
+
+
 @pytest.mark.parametrize("tile", [64, 128])
 @pytest.mark.parametrize("kind", ["documents", "random"])
 def test_walks_and_spans_hold_what_is_seen(tile, kind):
