@@ -93,7 +93,7 @@ def test_ranges_are_the_mask(name):
 
 
 def test_ranges_of_a_part_of_the_queries():
-    """As `context.gather_keys` makes them: run numbers of the whole row, of the part and its offset."""
+    """As `context.gather_keys` makes them: run numbers of the whole row, and an offset."""
     spec = SPECS["documents"]
     runs = run_numbers(jnp.asarray(spec.arrays(np.random.default_rng(0))["kv_ids"]))
     offset = jnp.full((2,), 40, jnp.int32)
