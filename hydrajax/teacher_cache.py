@@ -133,11 +133,10 @@ def make(
         return words(params, place_batch(mesh, batch))
 
     with jax.set_mesh(mesh):
-        if not writer.rows("holdout"):
-            parts = mesh.shape["data"] * mesh.shape["fsdp"]
-            held = loss_rows(cfg, tokenizer, multiple=parts)
-            _write(writer, "holdout", ((b, b["segment_ids"].any(axis=1)) for b in held), ask)
-        left = _left(pipeline, Cache(writer.path), rows_of(cfg), micro)
+        there = Cache(writer.path)
+        held = loss_rows(cfg, tokenizer, multiple=mesh.shape["data"] * mesh.shape["fsdp"])
+        _write(writer, "holdout", _lacking(held, set(there.keys("holdout"))), ask)
+        left = _left(pipeline, there, rows_of(cfg), micro)
         _write(writer, "train", left, ask, total=rows_of(cfg))
     pipeline.close()
     return writer.path
@@ -164,6 +163,15 @@ def _tell_size(writer: Writer, rows: int) -> None:
 
 def _bytes(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _lacking(held: list[Batch], known: set[int]) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Held-out batches with rows that a cache lacks, and which; rows of padding are none."""
+    for batch in held:
+        lacks = np.array([row_key(batch, i) not in known for i in range(len(batch["tokens"]))])
+        lacks &= batch["segment_ids"].any(axis=1)
+        if lacks.any():
+            yield batch, lacks
 
 
 def _left(
