@@ -15,23 +15,23 @@ from absl import flags
 from ml_collections import config_flags
 
 from hydrajax import distributed
-from hydrajax.checkpoint import CheckpointStore, Run, load_run, make_lineage, write_config
+from hydrajax.checkpoint import CheckpointStore, make_lineage, write_config
 from hydrajax.command import run_command
 from hydrajax.config import RunConfig, to_plain
-from hydrajax.data.pipeline import eval_rows, make_pipeline
-from hydrajax.layout import Layout, Placed, head_split, lay_out
+from hydrajax.data.pipeline import loss_rows, make_pipeline
+from hydrajax.data.top_k import Taught, taught_rows
+from hydrajax.layout import Layout, fill, head_split, lay_out
 from hydrajax.liveness import Liveness
 from hydrajax.loop import Loop, run_loop
 from hydrajax.metrics import MetricWriter, sparkline, train_flops_per_token
-from hydrajax.model import load_model
 from hydrajax.sharding import check_batch, device_kind, make_mesh
-from hydrajax.start import find_start
+from hydrajax.start import find_start, read_teacher
+from hydrajax.teacher_cache import open_cache
 from hydrajax.tokenizer import load_tokenizer, save_tokenizer
 from hydrajax.trainer import TrainState
 from hydrajax.typing import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-HOLDOUT_ROWS = 64  # of the loss at the end of a run and every eval_every steps
 
 
 def main(argv: list[str]) -> None:
@@ -54,12 +54,8 @@ def train(cfg: RunConfig) -> None:
 
     # ---- data --------------------------------------------------------------------------------
     tokenizer = load_tokenizer(cfg.tokenizer or cfg.teacher or cfg.parent)
-    pipeline = make_pipeline(
-        cfg.data,
-        tokenizer,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    pipeline = make_pipeline(cfg.data, tokenizer, **process)
 
     def calibration() -> list[dict]:
         """Training rows for the transplant, from the start of the stream, eight at a time."""
@@ -74,6 +70,12 @@ def train(cfg: RunConfig) -> None:
     counts = [len(heads) for heads in start.plan.fa]
     say(f"FA heads a layer {sparkline(counts, start.plan.num_heads)} "
         f"({start.plan.num_fa} of {start.plan.num_layers * start.plan.num_heads})")  # fmt: skip
+    holdout = loss_rows(cfg, tokenizer, multiple=mesh.shape["data"] * mesh.shape["fsdp"], **process)
+    if cfg.train.teacher_cache:
+        cache = open_cache(cfg, pipeline.identity, start.model.vocab_size)
+        say(f"teacher: {cache.header.top_k} best words of each token, from {cache.path}")
+        pipeline = Taught(pipeline, cache, cfg.train.kl_temperature, **process)
+        holdout = taught_rows(cache, holdout, cfg.train.kl_temperature)
     if start.resume is None:
         lineage = make_lineage(sys.argv, start.parent)  # by all: processes read runs together
         if distributed.is_lead():
@@ -86,7 +88,7 @@ def train(cfg: RunConfig) -> None:
     layout = lay_out(cfg, mesh, start, lambda: teacher().info)
     if split := head_split(start.plan, mesh):
         say(split)
-    teacher_params = {} if layout.teacher is None else place_teacher(teacher(), layout.teacher)
+    teacher_params = {} if layout.teacher is None else fill(layout.teacher, teacher())
     teacher.cache_clear()  # its copy on the host
     programs, places = layout.programs, layout.places
     if start.resume is None:
@@ -108,43 +110,13 @@ def train(cfg: RunConfig) -> None:
         tensorboard=cfg.train.tensorboard,
     )  # fmt: skip
     loop = Loop(
-        programs, mesh, places, pipeline, store, writer,
-        holdout=holdout_batches(cfg, tokenizer, mesh.shape["data"] * mesh.shape["fsdp"]),
-        flops_per_token=train_flops_per_token(start.model, start.plan, cfg.data.seq_len, cfg.stage),
+        programs, mesh, places, pipeline, store, writer, holdout,
+        flops_per_token=train_flops_per_token(start.model, start.plan, cfg.data.seq_len, cfg.stage,
+                                              cached=bool(cfg.train.teacher_cache)),
     )  # fmt: skip
     with jax.set_mesh(mesh):
         run_loop(loop, state, teacher_params)
     say(f"done: {cfg.out}")
-
-
-def holdout_batches(cfg: RunConfig, tokenizer, multiple: int) -> list[dict]:
-    """Held-out rows in micro-batches of a multiple of rows; none when the text keeps none back."""
-    if cfg.data.files and not cfg.data.holdout:
-        return []
-    return eval_rows(
-        replace(cfg.data, rows=cfg.data.rows // cfg.train.accum),
-        tokenizer,
-        HOLDOUT_ROWS,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        multiple=multiple,
-    )
-
-
-def read_teacher(cfg: RunConfig) -> Run:
-    """The frozen teacher, of the shapes that the config expects."""
-    if not cfg.teacher:
-        raise UserError(f"stage {cfg.stage} needs config.teacher, the folder of the teacher.")
-    return load_run(cfg.teacher)
-
-
-def place_teacher(run: Run, placed: Placed) -> dict:
-    """Its parameters in the compute dtype, where a student's would be."""
-    _, params = load_model(run)  # refuses parameters that are not this model's
-    return {
-        path: jax.device_put(jnp.asarray(params[path]).astype(a.dtype), a.sharding)
-        for path, a in placed.params.items()
-    }
 
 
 def restore(store, step: int, layout: Layout, pipeline) -> TrainState:

@@ -5,6 +5,7 @@ dict of arrays, `data.json` with the position in the data, and `manifest.json`. 
 of runs goes through here; paths are local (remote ones would change this module and no other).
 """
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -36,8 +37,8 @@ from hydrajax.manifest import Damaged, Manifest
 from hydrajax.run_folder import RunInfo, listing, read_config, write_config
 from hydrajax.typing import Params, UserError
 
-__all__ = ["CheckpointStore", "Run", "RunInfo", "hash_params", "load_run", "make_lineage",
-           "params_hash", "read_config", "write_config"]  # fmt: skip
+__all__ = ["CheckpointStore", "Run", "RunInfo", "files_hash", "hash_params", "load_run",
+           "make_lineage", "params_hash", "read_config", "write_config"]  # fmt: skip
 
 DATA = "data.json"
 REMOVING = ".removing"  # a step on its way out; what a kill leaves of it is temporary
@@ -280,14 +281,29 @@ def load_run(folder: str | Path, step: int | None = None) -> Run:
     """Config and parameters of a run, at its newest whole step unless one is given."""
     info = read_config(folder)
     store = CheckpointStore(folder)
-    if step is None:
-        step = store.newest_valid()
+    step = _newest(store) if step is None else step
+    return Run(info, step, store.restore_params(step))
+
+
+def _newest(store: CheckpointStore) -> int:
+    step = store.newest_valid()
     if step is None:
         raise UserError(
-            f"No checkpoint in {folder} ({store.why_not()}). Run the stage that writes it, or name "
-            "another folder."
+            f"No checkpoint in {store.root.parent} ({store.why_not()}). Run the stage that writes "
+            "it, or name another folder."
         )
-    return Run(info, step, store.restore_params(step))
+    return step
+
+
+def files_hash(folder: str | Path) -> str:
+    """Hash of what the manifest of a run's newest whole step says of its files.
+
+    Equal as long as nobody writes the folder again, and found without reading a weight; equal
+    weights written twice have different files, and one `params_hash`.
+    """
+    store = CheckpointStore(folder, verify=False)
+    files = manifest.read(store.root / str(_newest(store))).files
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def params_hash(folder: str | Path) -> str:

@@ -17,7 +17,6 @@ from hydrajax.typing import UserError
 CONV_WIDTH = 4  # taps of the short convolution of GDN heads
 STAGES = ("pretrain", "align", "distill", "extend")
 
-
 # What a preset changes against the defaults of HydraConfig (the flags that stages and selection
 # own are in STAGE_PRESETS and SELECT_PRESETS).
 HYDRA_PRESETS: dict[str, dict[str, Any]] = {
@@ -194,9 +193,7 @@ class OptimConfig:
             raise UserError("optim needs peak_lr > 0, clip_norm > 0 and warmup_steps >= 0.")
         for group in self.lr_groups:
             if "=" not in group:
-                raise UserError(
-                    f"optim.lr_groups entry {group!r} is not of the form regex=multiplier."
-                )
+                raise UserError(f"optim.lr_groups: {group!r} is not of the form regex=multiplier.")
 
 
 @dataclass(frozen=True)
@@ -259,6 +256,7 @@ class StageConfig:
     ce_weight: float = 0.0  # distill: cross entropy beside the KL
     kl_weight: float = 0.0  # extend: KL beside the cross entropy
     kl_temperature: float = 1.0
+    teacher_cache: str = ""  # distill, extend: read the teacher's best words from this folder
     calibration_tokens: int = 65_536  # align: tokens that set gamma at the transplant
     loss_chunk: int = 4096  # tokens of a device whose logits exist at a time
     remat: str = "block"  # none | block | dots (keep matmul outputs)
@@ -327,12 +325,16 @@ class RunConfig:
             raise UserError(
                 f"train.accum={self.train.accum} does not divide data.rows={self.data.rows}."
             )
+        kl = {"distill": 1.0, "extend": self.train.kl_weight}.get(self.stage, 0.0)
+        if self.train.teacher_cache and kl <= 0:
+            raise UserError(
+                f"train.teacher_cache serves a KL to the teacher; stage={self.stage} with "
+                f"train.kl_weight={self.train.kl_weight} has none, so leave it empty."
+            )
         if self.stage == "pretrain" and self.model is None:
             raise UserError("stage=pretrain needs config.model, the shapes of what it makes.")
         if self.data.synthetic_share > 0 and not self.data.synthetic:
-            raise UserError(
-                "data.synthetic_share > 0 needs data.synthetic, the name of a recall task."
-            )
+            raise UserError("data.synthetic_share > 0 needs data.synthetic, a recall task's name.")
 
     @classmethod
     def from_dict(cls, values: dict | ConfigDict) -> "RunConfig":

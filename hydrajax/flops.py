@@ -75,10 +75,13 @@ def count(cfg: ModelConfig, plan: HeadPlan, *, gated: bool) -> Counts:
     )
 
 
-def train_flops_per_token(cfg: ModelConfig, plan: HeadPlan, seq_len: int, stage: str) -> float:
+def train_flops_per_token(
+    cfg: ModelConfig, plan: HeadPlan, seq_len: int, stage: str, *, cached: bool = False
+) -> float:
     """FLOPs per token of one training step of a stage, its teacher's forward included.
 
-    Assumes the default shapes of HydraConfig and no teacher in extend (kl_weight = 0).
+    Assumes the default shapes of HydraConfig, no teacher in extend (kl_weight = 0), and none in
+    distill where its words are `cached`.
     """
     student = count(cfg, plan, gated=stage != "pretrain")
     full = HeadPlan.all_full(plan.num_layers, plan.num_heads, plan.num_kv_heads)
@@ -91,7 +94,7 @@ def train_flops_per_token(cfg: ModelConfig, plan: HeadPlan, seq_len: int, stage:
         blocks = 4 * student.inputs + 6 * student.outputs + mixing
         return blocks + teacher_forward - 2 * teacher.unembed
     own = 6 * student.weights + mixing
-    return own + teacher_forward if stage == "distill" else own
+    return own + teacher_forward if stage == "distill" and not cached else own
 
 
 def peak_flops(device_kind: str) -> float | None:

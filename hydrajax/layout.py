@@ -13,9 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hydrajax.checkpoint import Run
 from hydrajax.config import HydraConfig, KernelConfig, ModelConfig, RunConfig
+from hydrajax.data.top_k import fields
 from hydrajax.head_plan import HeadPlan
-from hydrajax.model import abstract_model, logical_axes, split_params
+from hydrajax.model import abstract_model, load_model, logical_axes, split_params
 from hydrajax.optim import make_optimizer, schedule, state_shardings
 from hydrajax.sharding import (
     batch_sharding,
@@ -82,10 +84,12 @@ class Layout:
         data = self.programs.run.data
         check_batch(self.mesh, data.rows, data.seq_len)
         shape, sharding = (data.rows, data.seq_len), batch_sharding(self.mesh)
-        dtypes = dict.fromkeys(("tokens", "segment_ids", "positions"), jnp.int32)
+        ids = dict.fromkeys(("tokens", "segment_ids", "positions"), ((), jnp.int32))
+        known = ids | {"loss_mask": ((), jnp.float32)}
+        cached = fields(self.programs.run.train.teacher_cache)
         return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-            for name, dtype in (dtypes | {"loss_mask": jnp.float32}).items()
+            name: jax.ShapeDtypeStruct((*shape, *more), dtype, sharding=sharding)
+            for name, (more, dtype) in (known | cached).items()
         }
 
 
@@ -97,11 +101,7 @@ def lay_out(cfg: RunConfig, mesh: Mesh, student: Design, teacher: Callable[[], D
     )
     frozen = None
     if STAGES[cfg.stage].needs_teacher(cfg.train):
-        frozen = place(teacher(), "", mesh, dtype=dtype, kernels=cfg.kernels)
-        frozen = Placed(frozen.graphdef, {
-            path: jax.ShapeDtypeStruct(a.shape, dtype, sharding=a.sharding)
-            for path, a in frozen.params.items()
-        })  # fmt: skip
+        frozen = place_teacher(cfg, mesh, teacher())
     programs = Programs(
         placed.graphdef,
         None if frozen is None else frozen.graphdef,
@@ -125,6 +125,26 @@ def place(design: Design, stage: str, mesh: Mesh, *, kernels: KernelConfig, **op
     axes, shapes = logical_axes(model), {path: a.shape for path, a in abstract.items()}
     shardings = param_shardings(mesh, axes, shapes)
     return Placed(graphdef, _with(abstract, shardings), tuple(replicated(mesh, axes, shapes)))
+
+
+def place_teacher(cfg: RunConfig, mesh: Mesh, teacher: Design) -> Placed:
+    """The frozen teacher of a run, its parameters in the compute dtype."""
+    dtype = jnp.dtype(cfg.train.compute_dtype)
+    frozen = place(teacher, "", mesh, dtype=dtype, kernels=cfg.kernels)
+    params = {
+        path: jax.ShapeDtypeStruct(a.shape, dtype, sharding=a.sharding)
+        for path, a in frozen.params.items()
+    }
+    return Placed(frozen.graphdef, params)
+
+
+def fill(placed: Placed, run: Run) -> Params:
+    """A loaded run's parameters where and in what dtype they were placed."""
+    _, params = load_model(run)  # refuses parameters that are not this model's
+    return {
+        path: jax.device_put(jnp.asarray(params[path]).astype(a.dtype), a.sharding)
+        for path, a in placed.params.items()
+    }
 
 
 def head_split(plan: HeadPlan, mesh: Mesh) -> str:

@@ -62,6 +62,83 @@ def chunked_kl(
     return total * temperature**2, jnp.sum(weights)
 
 
+def cached_kl(
+    student: Model,
+    x: Float[Array, "B T D"],
+    kept: tuple[Int[Array, "B T k"], Float[Array, "B T k"], Float[Array, "B T"]],
+    weights: Float[Array, "B T"],
+    chunk: int,
+    temperature: float = 1.0,
+) -> tuple[Array, Array]:
+    """Forward KL over a teacher's k best words and one bucket of all others, times temperature^2.
+
+    With p of the teacher and q of the student, both at the temperature, K the kept words, and r
+    and s what p and q leave to the others:
+
+        sum_K p_i ln(p_i / q_i) + r ln(r / s),    r = 1 - sum_K p_i,    s = 1 - sum_K q_i
+
+    To lump words together never raises a KL, so this is at most `chunked_kl`, and equal to it when
+    K is the vocabulary. Its gradient by the student's logit i over the temperature is q_i - p_i in
+    K and q_i (1 - r / s) outside: the others keep their proportions and meet the teacher's sum.
+
+    `kept` is what `best_words` gives: ids, ln p at temperature 1, and ln of the sum over the
+    others of p^(1 / temperature), -inf where there are none.
+    """
+    to_logits, words = student.unembedding()
+
+    def nats(words, _, x_BtD, ids_Btk, log_p_Btk, rest_Bt, weights_Bt):
+        log_q_BtV = jax.nn.log_softmax(to_logits(words, x_BtD) / temperature)
+        scaled_Btk = log_p_Btk / temperature
+        log_z_Bt = jnp.logaddexp(jax.nn.logsumexp(scaled_Btk, axis=-1), rest_Bt)
+        # Data are scattered over the vocabulary, so that no backward has to scatter gradients.
+        absent = jnp.full(log_q_BtV.shape, -jnp.inf)
+        log_p_BtV = _put(absent, ids_Btk, scaled_Btk - log_z_Bt[..., None])
+        is_kept = log_p_BtV > -jnp.inf
+        each = jnp.exp(log_p_BtV) * jnp.where(is_kept, log_p_BtV - log_q_BtV, 0.0)
+        nats_Bt = jnp.sum(each, axis=-1)
+        if ids_Btk.shape[-1] < log_q_BtV.shape[-1]:
+            # Not 1 - sum_K q: where the student is sure, that is rounding alone.
+            log_s = jax.nn.logsumexp(jnp.where(is_kept, -jnp.inf, log_q_BtV), axis=-1)
+            log_r = rest_Bt - log_z_Bt
+            nats_Bt += jnp.exp(log_r) * (log_r - log_s)
+        return jnp.sum(weights_Bt * nats_Bt)
+
+    data = x, *jax.lax.stop_gradient((*kept, weights))
+    total = sum_over_chunks(nats, words, data, chunk)
+    return total * temperature**2, jnp.sum(weights)
+
+
+def best_words(
+    teacher: Model, x: Float[Array, "B T D"], k: int, temperatures: tuple[float, ...], chunk: int
+) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"], Float[Array, "B T n"]]:
+    """What `cached_kl` needs of a teacher: ids and ln p of its k best words, and what they leave.
+
+    The last array has, for every temperature t, ln of the sum over all other words of p^(1/t): no
+    sum at one temperature tells the sum at another. Each device walks over its own tokens.
+    """
+    to_logits, words = teacher.unembedding()
+    split = split_of(("batch", "tokens"), x.shape[:2])
+    piece = _piece(split, x.shape[:2], chunk)
+
+    def best(words, x_BtD):
+        log_p_BtV = jax.nn.log_softmax(to_logits(words, x_BtD))
+        log_p_Btk, ids_Btk = jax.lax.top_k(log_p_BtV, k)
+        others = _put(log_p_BtV, ids_Btk, jnp.full_like(log_p_Btk, -jnp.inf))
+        rest = [jax.nn.logsumexp(others / t, axis=-1) for t in temperatures]
+        return ids_Btk, log_p_Btk, jnp.stack(rest, axis=-1)
+
+    def own(words, shares):
+        found = jax.lax.map(lambda pieces: best(words, *pieces), _pieces(piece, shares))
+        shape = shares[0].shape[:2]
+        return tuple(jnp.moveaxis(a, 0, 1).reshape(*shape, a.shape[-1]) for a in found)
+
+    return split.run(own, (split.parts,) * 3)(words.astype(x.dtype), (x,))
+
+
+def _put(into: Float[Array, "B T V"], ids: Int[Array, "B T k"], values: Array) -> Array:
+    return jnp.put_along_axis(into, ids.astype(jnp.int32), values, axis=-1, inplace=False)
+
+
 def alignment(
     y: Float[Array, "B T D"], target: Float[Array, "B T D"], weights: Float[Array, "B T"]
 ) -> dict[str, Array]:
@@ -111,9 +188,14 @@ def sum_over_chunks(
     what a pod sends.
     """
     split = split_of(("batch", "tokens"), arrays[0].shape[:2])
-    rows, tokens = split.share(arrays[0].shape[:2])
-    piece = next(t for t in range(min(tokens, max(1, chunk // rows)), 0, -1) if tokens % t == 0)
+    piece = _piece(split, arrays[0].shape[:2], chunk)
     return _sum_over_pieces(fn, piece, split, words, arrays[0], (given, arrays[1:]))
+
+
+def _piece(split: Split, shape: tuple[int, int], chunk: int) -> int:
+    """Tokens of each of a device's rows that make about `chunk` together."""
+    rows, tokens = split.share(shape)
+    return next(t for t in range(min(tokens, max(1, chunk // rows)), 0, -1) if tokens % t == 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

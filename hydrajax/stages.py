@@ -2,6 +2,7 @@
 
 align    mean_l MSE(y_l, y_l^teacher) on the teacher's own block inputs, all layers at once
 distill  KL(teacher || student) + ce_weight CE          extend  CE + kl_weight KL
+         with train.teacher_cache the KL is `losses.cached_kl`, and no teacher is there
 pretrain CE, to make the small teacher of configs/tiny; no stage of the method
 """
 
@@ -12,7 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from hydrajax.config import StageConfig
-from hydrajax.losses import alignment, branch_stats, chunked_ce, chunked_kl, next_tokens
+from hydrajax.losses import (
+    alignment,
+    branch_stats,
+    cached_kl,
+    chunked_ce,
+    chunked_kl,
+    next_tokens,
+)
 from hydrajax.model import REMAT, Model
 from hydrajax.typing import Array
 
@@ -77,10 +85,13 @@ def _next_token(student: Model, teacher: Model | None, batch: Batch, cfg: StageC
     x, _ = student.hidden(**_inputs(batch), training=True)
     loss, count, metrics = 0.0, jnp.sum(weights), {}
     if kl:
-        xt, _ = teacher.hidden(**_inputs(batch))
-        kl_sum, _ = chunked_kl(
-            student, teacher, (x, xt), weights, cfg.loss_chunk, cfg.kl_temperature
-        )
+        how = weights, cfg.loss_chunk, cfg.kl_temperature
+        if cfg.teacher_cache:
+            kept = batch["teacher_ids"], batch["teacher_log_p"], batch["teacher_rest"]
+            kl_sum, _ = cached_kl(student, x, kept, *how)
+        else:
+            xt, _ = teacher.hidden(**_inputs(batch))
+            kl_sum, _ = chunked_kl(student, teacher, (x, xt), *how)
         metrics["kl"] = (kl_sum, count)
         loss += kl * kl_sum
     if ce:
@@ -108,6 +119,6 @@ def _hybrid_blocks(path: str, cfg: StageConfig) -> bool:
 STAGES: dict[str, Stage] = {
     "pretrain": Stage(pretrain, _everything, lambda cfg: False),
     "align": Stage(align, _hybrid_blocks, lambda cfg: True),
-    "distill": Stage(distill, _everything, lambda cfg: True),
-    "extend": Stage(extend, _everything, lambda cfg: cfg.kl_weight > 0),
+    "distill": Stage(distill, _everything, lambda cfg: not cfg.teacher_cache),
+    "extend": Stage(extend, _everything, lambda cfg: cfg.kl_weight > 0 and not cfg.teacher_cache),
 }

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hydrajax.checkpoint import CheckpointStore, load_run, read_config
+from hydrajax.checkpoint import CheckpointStore, Run, load_run, read_config
 from hydrajax.config import HydraConfig, ModelConfig, RunConfig, to_plain
 from hydrajax.head_plan import HeadPlan, load_plan
 from hydrajax.model import init_params, load_model
@@ -51,6 +51,18 @@ def find_start(
     start = _find(cfg, store, calibration)
     check_expected(cfg.model, start.model, cfg.parent or cfg.teacher or cfg.out)
     return start
+
+
+def read_teacher(cfg: RunConfig) -> Run:
+    """The frozen teacher, with its weights."""
+    return load_run(teacher_folder(cfg))
+
+
+def teacher_folder(cfg: RunConfig) -> str:
+    """Where the teacher lies; UserError if the config does not say."""
+    if not cfg.teacher:
+        raise UserError(f"stage {cfg.stage} needs config.teacher, the folder of the teacher.")
+    return cfg.teacher
 
 
 def check_expected(expected: ModelConfig | None, found: ModelConfig, where: str) -> None:

@@ -127,6 +127,7 @@ train.profile
 train.remat
 train.save_every
 train.steps
+train.teacher_cache
 train.tensorboard
 """
 

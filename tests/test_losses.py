@@ -13,7 +13,9 @@ from jax.sharding import NamedSharding
 from hydrajax.config import MeshConfig
 from hydrajax.losses import (
     alignment,
+    best_words,
     branch_stats,
+    cached_kl,
     chunked_ce,
     chunked_kl,
     next_tokens,
@@ -84,6 +86,81 @@ def test_kl_and_its_gradients_equal_float64_at_every_chunk(chunk, temperature):
     np.testing.assert_allclose(dw, np.einsum("btd,btv->dv", x, by_logits), atol=2e-5)
 
 
+def kept_words(k: int, temperature: float = 1.0, chunk: int = 12):
+    """What a cache would hold of the teacher."""
+    find = jax.jit(lambda xt: best_words(unembed(WT), xt, k, (7.0, temperature), chunk))
+    ids, log_p, rest = find(XT)
+    return ids, log_p, rest[..., 1]
+
+
+def kept_kl(kept, chunk: int = 12, temperature: float = 1.0):
+    weights = jnp.asarray(WEIGHTS)
+    return with_gradients(lambda x, w: cached_kl(unembed(w), x, kept, weights, chunk, temperature))
+
+
+@pytest.mark.parametrize("chunk, temperature", [(1, 1.0), (12, 2.5), (10_000, 1.0)])
+def test_kl_from_all_words_of_a_cache_is_the_teachers_own(chunk, temperature):
+    want = with_gradients(
+        lambda x, w: chunked_kl(
+            unembed(w), unembed(WT), (x, XT), jnp.asarray(WEIGHTS), chunk, temperature
+        )
+    )
+    got = kept_kl(kept_words(V, temperature), chunk, temperature)
+    for name, a, b in zip(("sum", "count", "dx", "dw"), *map(jax.tree.leaves, (want, got)),
+                          strict=True):  # fmt: skip
+        assert_close(name, a, b, 1e-6)
+
+
+@pytest.mark.parametrize("k, temperature", [(1, 1.0), (3, 2.5), (V - 1, 1.0)])
+def test_kl_from_some_words_and_its_gradients_equal_float64(k, temperature):
+    (total, count), (dx, dw) = kept_kl(kept_words(k, temperature), 12, temperature)
+    x, w, weights = (a.astype(np.float64) for a in (X, W, WEIGHTS))
+    p = np.exp(log_softmax(XT.astype(np.float64) @ WT / temperature))
+    q = np.exp(log_softmax(x @ w / temperature))
+    kept = np.zeros(p.shape, bool)
+    np.put_along_axis(kept, np.argsort(-p, axis=-1)[..., :k], True, axis=-1)
+    r, s = ((a * ~kept).sum(-1) for a in (p, q))
+    kl = (kept * p * np.log(p / q)).sum(-1) + r * np.log(r / s)
+    assert float(total) == pytest.approx(temperature**2 * (weights * kl).sum(), rel=1e-5)
+    assert float(count) == pytest.approx(weights.sum(), rel=1e-6)
+    by_logits = np.where(kept, q - p, q * (1 - (r / s)[..., None]))
+    by_logits *= temperature * weights[..., None]
+    np.testing.assert_allclose(dx, by_logits @ w.T, atol=2e-5)
+    np.testing.assert_allclose(dw, np.einsum("btd,btv->dv", x, by_logits), atol=2e-5)
+
+
+def test_more_words_never_lower_the_kl_and_all_of_them_make_it_whole():
+    """Data processing: to lump words together loses what tells the two apart."""
+    kls = []
+    for k in (1, 2, 7, V):
+        run = jax.jit(lambda kept: cached_kl(unembed(W), X, kept, jnp.asarray(WEIGHTS), 12)[0])
+        kls.append(float(run(kept_words(k))))
+    assert kls[0] > 0 and (np.diff(kls) > -1e-5).all()
+    whole = chunked_kl(unembed(W), unembed(WT), (X, XT), jnp.asarray(WEIGHTS), 12)[0]
+    assert kls[0] < kls[-1] == pytest.approx(float(whole), rel=1e-6)
+
+
+def test_a_student_without_doubt_gets_a_finite_gradient_from_a_cache():
+    """It leaves e^-200 to the others: 1 - sum q would be zero, and its logarithm no number."""
+    sure = np.zeros((B, T, D), np.float32)
+    sure[..., 0] = 1.0
+    w = np.zeros((D, V), np.float32)
+    w[0, 3] = 200.0
+    kept = jnp.full((B, T, 1), 3), jnp.full((B, T, 1), np.log(0.75)), jnp.full((B, T), np.log(0.25))
+    run = jax.value_and_grad(lambda x, w: cached_kl(unembed(w), x, kept, jnp.ones((B, T)), 12)[0])
+    total, by_x = jax.jit(run)(sure, w)
+    each = 0.75 * np.log(0.75) + 0.25 * (np.log(0.25) + 200 - np.log(V - 1))
+    assert float(total) == pytest.approx(B * T * each, rel=1e-5)
+    np.testing.assert_allclose(by_x[..., 0], 0.25 * 200, rtol=1e-5)  # (q_3 - p_3) w_3
+
+
+def test_no_gradient_reaches_what_a_cache_holds():
+    ids, *kept = kept_words(3)
+    loss = lambda kept: cached_kl(unembed(W), X, (ids, *kept), WEIGHTS, 12)[0]  # noqa: E731
+    for gradient in jax.jit(jax.grad(loss))(tuple(kept)):
+        np.testing.assert_array_equal(gradient, 0)
+
+
 def test_a_student_that_is_the_teacher_has_no_kl_and_no_gradient():
     (total, _), gradients = with_gradients(
         lambda x, w: chunked_kl(unembed(w), unembed(W), (x, X), jnp.asarray(WEIGHTS), 12)
@@ -136,6 +213,33 @@ def test_devices_walk_over_their_own_tokens_and_meet_once(sizes):
                 assert_close(f"{sizes} {chunk}", a, b, 1e-6)
             assert " while(" in text if chunk == 1 else True
     assert counts[0] == counts[1] and sum(counts[0]) > 0
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 2, 2, 2)])
+def test_devices_keep_and_compare_words_of_their_own_tokens(sizes):
+    """A teacher's best words, and the KL to them with its gradients, equal to one device."""
+    rng = np.random.default_rng(1)
+    x, xt = rng.standard_normal((2, 8, 32, D)).astype(np.float32)
+    weights = rng.uniform(0, 1, (8, 32)).astype(np.float32)
+
+    def both(x, xt, w, wt, chunk=4):
+        kept = best_words(unembed(wt), xt, 3, (1.0, 2.0), chunk)
+        data = *kept[:2], kept[2][..., 1]
+        loss = lambda x, w: cached_kl(unembed(w), x, data, weights, chunk, 2.0)[0]  # noqa: E731
+        return kept, jax.value_and_grad(loss, argnums=(0, 1))(x, w)
+
+    want = jax.jit(both)(x, xt, W, WT)
+    mesh = make_mesh(MeshConfig(*sizes))
+    with jax.set_mesh(mesh):
+        split = NamedSharding(mesh, spec(("batch", "tokens", None), x.shape, dict(mesh.shape)))
+        words = NamedSharding(mesh, spec(("width", "vocab"), W.shape, dict(mesh.shape)))
+        rows, vocab = (
+            (jax.device_put(a, split) for a in (x, xt)),
+            (jax.device_put(a, words) for a in (W, WT)),
+        )
+        got = jax.jit(both)(*rows, *vocab)
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        assert_close(f"{sizes}", a, b, 1e-6)
 
 
 def test_targets_end_with_their_document_and_skip_padding_and_unscored_tokens():

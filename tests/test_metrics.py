@@ -65,6 +65,7 @@ def test_flops_of_the_stages():
     forward = (6 * weights + 6 * 512 * 16 * 12) / 3
     student = train_flops_per_token(MODEL, PLAN, 512, "extend")
     assert train_flops_per_token(MODEL, PLAN, 512, "distill") == pytest.approx(student + forward)
+    assert train_flops_per_token(MODEL, PLAN, 512, "distill", cached=True) == student
     hybrid = count(MODEL, PLAN, gated=True)
     # Align has no MLPs and no logits, and no gradient with respect to the block inputs.
     saved = 2 * hybrid.inputs + 6 * hybrid.mlps + 8 * hybrid.unembed

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,8 @@ ALIGN = ("align.py:smoke", "--config.train.steps=40", "--config.train.save_every
 
 def command(config: str, *flags: str) -> list[str]:
     head = [str(REPO / "train.py")] if "select" not in config else ["-m", "hydrajax.selection"]
+    if "--top_k=16" in flags:
+        head = ["-m", "hydrajax.teacher_cache"]
     return [sys.executable, *head, f"--config={REPO}/configs/{FAMILY}/{config}", *flags]
 
 
@@ -151,6 +154,32 @@ def test_a_run_with_split_tokens_goes_on_without(road):
     assert want.keys() == got.keys() and split >= 8
     for step, line in want.items():  # bf16 rounds what is summed in another order
         assert got[step]["train/loss"] == pytest.approx(line["train/loss"], rel=5e-3), step
+
+
+def test_a_student_distils_from_a_cache_without_the_teachers_weights(road):
+    """Killed and resumed: a row that is not the cache's next would be refused."""
+    teacher, out = road / "teachers/copy", road / "runs/cached"
+    shutil.copytree(road / HOME / "teacher", teacher)
+    args = ("distill.py:smoke", "--config.teacher=teachers/copy", "--config.out=runs/cached",
+            "--config.train.steps=16", "--config.train.save_every=2",
+            "--config.train.teacher_cache=caches/k16")  # fmt: skip
+    said = finish(start(road, *args, "--top_k=16"))
+    assert "64 rows and 64 held out, of 64 tokens, 16 of 259 words" in said
+    for path in teacher.glob("checkpoints/*/params/**/*"):
+        if path.is_file():
+            path.write_bytes(bytes(path.stat().st_size))
+
+    first = start(road, *args)
+    wait_until(first, lambda: (out / "checkpoints/2/manifest.json").is_file())
+    first.kill()
+    finish(first, -signal.SIGKILL)
+    assert load_run(out).step < 16
+    said = finish(start(road, *args))
+    assert "start: resume step" in said and "teacher: 16 best words of each token" in said
+    assert records(out, "train/kl").keys() == set(range(1, 17))
+    assert 16 in records(out, "eval/kl")
+    said = finish(start(road, *args, "--config.out=runs/x", "--config.data.seed=3"), 2)
+    assert "data.seed: expected 3, got 0" in said and not (road / "runs/x").exists()
 
 
 def wait_until(process: subprocess.Popen, condition) -> None:

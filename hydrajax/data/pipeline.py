@@ -10,14 +10,14 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from hydrajax.config import DataConfig, to_plain
+from hydrajax.config import DataConfig, RunConfig, to_plain
 from hydrajax.data import packing
 from hydrajax.data.sources import Document, Documents, open_documents
 from hydrajax.data.synthetic import check_task, training_row
@@ -26,6 +26,7 @@ from hydrajax.typing import UserError
 
 Batch = dict[str, np.ndarray]  # tokens, segment_ids, positions, loss_mask; each [B, T]
 SPLITS = ("train", "holdout")
+HOLDOUT_ROWS = 64  # of the loss at the end of a run and every eval_every steps
 _HASHES = 1 << 32  # documents are assigned to a split by a 32 bit hash
 _READ = grain.ReadOptions(num_threads=8, prefetch_buffer_size=32)
 
@@ -35,7 +36,7 @@ class Pipeline:
 
     def __init__(self, rows: grain.IterDataset, stream: "Stream", share: slice):
         self._iterator = iter(rows.batch(stream.cfg.rows, drop_remainder=True))
-        self._identity = stream.identity()
+        self.identity = stream.identity()
         self._share = share
 
     def __iter__(self) -> Iterator[Batch]:
@@ -46,12 +47,12 @@ class Pipeline:
 
     def get_state(self) -> dict[str, Any]:
         """Return the position after the last batch, and what it is a position in."""
-        state = {"identity": self._identity, "iterator": self._iterator.get_state()}
+        state = {"identity": self.identity, "iterator": self._iterator.get_state()}
         return json.loads(json.dumps(state))  # a copy that no later batch changes
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue where `get_state` was called; refuses other data or settings."""
-        then, now = state["identity"], self._identity
+        then, now = state["identity"], self.identity
         changed = [f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in now if then.get(k) != now[k]]
         if changed:
             raise UserError(
@@ -186,6 +187,17 @@ def eval_rows(
         {k: np.stack([row[k] for row in found[i : i + size][share]]) for k in found[0]}
         for i in range(0, len(found), size)
     ]
+
+
+def loss_rows(cfg: RunConfig, tokenizer: Tokenizer, **share: int) -> list[Batch]:
+    """Return the held-out rows that a run is measured on, in micro-batches (`share`: `eval_rows`).
+
+    None when the text keeps none back.
+    """
+    if cfg.data.files and not cfg.data.holdout:
+        return []
+    data = replace(cfg.data, rows=cfg.data.rows // cfg.train.accum)
+    return eval_rows(data, tokenizer, HOLDOUT_ROWS, **share)
 
 
 def _open_stream(cfg: DataConfig, tokenizer: Tokenizer, split: str) -> Stream:

@@ -77,7 +77,7 @@ def activations(layout: Layout) -> int:
     rows = cfg.data.rows // cfg.train.accum // (mesh.shape["data"] * mesh.shape["fsdp"])
     tokens = cfg.data.seq_len // mesh.shape["context"]
     batch = {
-        name: jax.ShapeDtypeStruct((max(rows, 1), tokens), a.dtype)
+        name: jax.ShapeDtypeStruct((max(rows, 1), tokens, *a.shape[2:]), a.dtype)
         for name, a in layout.batch().items()
     }
     student, trained = _shapes(layout.student.params), _shapes(layout.trained())

@@ -46,7 +46,10 @@ def _expected(layout: Layout, student: Subject, program: Program) -> dict:
     cfg, devices = layout.programs.run, layout.mesh.size
     moved, through_hbm = collectives(program, devices), hbm_bytes(program)
     tokens = cfg.data.rows * cfg.data.seq_len
-    per_token = train_flops_per_token(student.model, student.plan, cfg.data.seq_len, cfg.stage)
+    per_token = train_flops_per_token(
+        student.model, student.plan, cfg.data.seq_len, cfg.stage,
+        cached=bool(cfg.train.teacher_cache),
+    )  # fmt: skip
     flops = tokens * per_token / devices
     times = roofline(chip_of(layout.device_kind), flops, through_hbm, sum(moved.sent.values()))
     return {
