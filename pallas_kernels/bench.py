@@ -47,18 +47,21 @@ def main(arguments: list[str] | None = None) -> dict:
     arguments = sys.argv[1:] if arguments is None else arguments
     options, args = _parse(arguments)
     clock = Clock(args.limit)
-    op, meta = OPS[args.op], _meta(arguments, options.seed)
+    op = OPS[args.op]
+    meta = _meta(arguments, options.seed) | op.WORDS
     kept, before = _earlier(args.out, meta) if args.add else ([], [])
-    report = {"meta": meta | {"earlier_runs": before} if before else meta}
     found = []
     for row in op.rows(options, clock):
         row = {"op": args.op} | row | {"at_s": round(args.limit - clock.left(), 1)}
         found.append(row | {"date": meta["date"]})
         names = {_name(row) for row in found}
         rows = [row for row in kept if _name(row) not in names] + found
-        write(args.out, report | {"rows": rows, "summary": op.summary(rows)})
+        dates = {row["date"] for row in rows}
+        runs = [run for run in before if run["date"] in dates]
+        report = {"meta": meta | ({"earlier_runs": runs} if runs else {})}
+        report |= {"rows": rows, "summary": op.summary(rows)}
+        write(args.out, report)
         print(_line(found[-1]), flush=True)
-    report |= {"rows": rows, "summary": op.summary(rows)}
     print(json.dumps(report["summary"], indent=1))
     return report
 
@@ -128,8 +131,6 @@ def _meta(arguments: list[str], seed: int) -> dict:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seeds": {"inputs": seed},
         "environment": {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
-        "ratios": "vs: our milliseconds by the peer's, of the gate where that is larger",
-        "floor": "the larger of FLOPs at the tensor cores' rate and bytes at the rate of a copy",
     }
 
 

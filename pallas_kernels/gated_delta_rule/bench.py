@@ -31,7 +31,7 @@ from pallas_kernels.gated_delta_rule.workload import (
 )
 from pallas_kernels.timing import Clock, Program, describe, interleaved
 
-__all__ = ["Options", "rows", "summary"]
+__all__ = ["WORDS", "Options", "rows", "summary"]
 
 PARTS = ("time", "decode", "error", "kernels")
 WHATS = ("fwd", "fwd_residuals", "fwdbwd")
@@ -39,6 +39,10 @@ RATES = {"H100": 745e12, "H200": 745e12}  # bf16, an XLA product of 4096^3 on an
 DECODE_HEADS = 16
 RESERVE = 20  # seconds that a shape needs at the least
 LATE = "not run: the time was up"
+WORDS = {
+    "ratios": "vs: our milliseconds by the peer's, of the gate where that is larger",
+    "floor": "the larger of FLOPs at the tensor cores' rate and bytes at the rate of a copy",
+}  # what the figures are
 
 
 @dataclasses.dataclass(frozen=True)
