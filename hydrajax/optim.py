@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hydrajax.config import OptimConfig
+from hydrajax.sharding import in_host_memory
 from hydrajax.typing import Params, UserError
 
 # Time constants of the recurrence and anything that is not a matrix: decay would move what they
@@ -27,15 +28,56 @@ def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, cfg.peak_lr, warmup), after], [warmup])
 
 
-def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """clip → Adam → decay → per-path rate → schedule; works on any subset of the parameters."""
+def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """clip → Adam → decay → per-path rate → schedule; works on any subset of the parameters.
+
+    `update(..., keep=f)` makes `f(new, old)` of every leaf of the state.
+    """
+    adam = _kept(optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps))
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
-        optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
+        _in_turns(adam) if cfg.offload else adam,
         optax.add_decayed_weights(cfg.weight_decay, mask=_decays),
         _scale_groups(cfg.lr_groups),
-        optax.scale_by_learning_rate(schedule(cfg, steps)),
+        _kept(optax.scale_by_learning_rate(schedule(cfg, steps))),
     )
+
+
+def _kept(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx` with a say in what becomes of its state."""
+
+    def update(updates, state, params=None, *, keep=lambda new, old: new, **_):
+        updates, new = tx.update(updates, state, params)
+        return updates, jax.tree.map(keep, new, state)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _in_turns(
+    adam: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """`adam` of one parameter after the other, its moments fetched from host memory and put back.
+
+    Left to itself a compiler may fetch all moments before it uses the first. The counter, which
+    every turn needs, is handed from one to the next through barriers: a turn begins when its
+    gradient is clipped, so after the whole backward pass, and when the turn before is over.
+    """
+
+    def update(grads, state, params=None, **extra):
+        count, out = state.count, {}
+        for path, grad in grads.items():
+            count, grad, *moments = jax.lax.optimization_barrier(
+                (count, grad, state.mu[path], state.nu[path])
+            )
+            mu, nu = jax.device_put(moments, jax.memory.Space.Device)
+            held = state._replace(count=count, mu={path: mu}, nu={path: nu})
+            new, after = adam.update({path: grad}, held, **extra)
+            moments = jax.device_put((after.mu[path], after.nu[path]), jax.memory.Space.Host)
+            count, *out[path] = jax.lax.optimization_barrier((count, new[path], *moments))
+        updates, mu, nu = ({path: leaves[i] for path, leaves in out.items()} for i in range(3))
+        return updates, after._replace(mu=mu, nu=nu)
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def _decays(params: Params) -> dict[str, bool]:
@@ -66,12 +108,15 @@ def state_shardings(
     params: Params,
     shardings: dict[str, NamedSharding],
     mesh: Mesh,
+    *,
+    offload: bool = False,
 ):
-    """Moments live where their parameters live; counters on every device."""
+    """Moments live where their parameters live, or `offload` in the memory of that device's host;
+    counters on every device."""
     abstract = jax.eval_shape(tx.init, params)
     return optax.tree_map_params(
         tx,
-        lambda _, sharding: sharding,
+        lambda _, sharding: in_host_memory(sharding) if offload else sharding,
         abstract,
         {path: shardings[path] for path in params},
         transform_non_params=lambda _: NamedSharding(mesh, P()),
