@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from hydrajax.config import OptimConfig
 from hydrajax.sharding import in_host_memory
-from hydrajax.typing import Params, UserError
+from hydrajax.typing import Array, Params, UserError
 
 # Time constants of the recurrence and anything that is not a matrix: decay would move what they
 # mean (fla exempts A_log and dt_bias for the same reason).
@@ -36,7 +36,7 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
     adam = _kept(optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps))
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
-        _in_turns(adam) if cfg.offload else adam,
+        _in_turns(adam, cfg.offload),
         optax.add_decayed_weights(cfg.weight_decay, mask=_decays),
         _scale_groups(cfg.lr_groups),
         _kept(optax.scale_by_learning_rate(schedule(cfg, steps))),
@@ -54,30 +54,38 @@ def _kept(tx: optax.GradientTransformation) -> optax.GradientTransformationExtra
 
 
 def _in_turns(
-    adam: optax.GradientTransformationExtraArgs,
+    adam: optax.GradientTransformationExtraArgs, offload: bool
 ) -> optax.GradientTransformationExtraArgs:
-    """`adam` of one parameter after the other, its moments fetched from host memory and put back.
+    """`adam` of one parameter after the other; `offload`: its moments fetched from host memory.
 
     Left to itself a compiler may fetch all moments before it uses the first. The counter, which
-    every turn needs, is handed from one to the next through barriers: a turn begins when its
-    gradient is clipped, so after the whole backward pass, and when the turn before is over.
+    every turn needs, is handed from one to the next through barriers: a turn's moments are fetched
+    when those of the turn before are back. Without offload the same is written in the same order,
+    so that compilers find the same arithmetic.
     """
+    fetch, put_back = (_fetch, _put_back) if offload else (lambda *leaves: leaves,) * 2
 
     def update(grads, state, params=None, **extra):
-        count, out = state.count, {}
+        count, updates, moments = state.count, {}, {}
         for path, grad in grads.items():
-            count, grad, *moments = jax.lax.optimization_barrier(
-                (count, grad, state.mu[path], state.nu[path])
-            )
-            mu, nu = jax.device_put(moments, jax.memory.Space.Device)
+            count, mu, nu = fetch(count, state.mu[path], state.nu[path])
             held = state._replace(count=count, mu={path: mu}, nu={path: nu})
             new, after = adam.update({path: grad}, held, **extra)
-            moments = jax.device_put((after.mu[path], after.nu[path]), jax.memory.Space.Host)
-            count, *out[path] = jax.lax.optimization_barrier((count, new[path], *moments))
-        updates, mu, nu = ({path: leaves[i] for path, leaves in out.items()} for i in range(3))
+            updates |= new
+            count, *moments[path] = put_back(count, after.mu[path], after.nu[path])
+        mu, nu = ({path: pair[i] for path, pair in moments.items()} for i in (0, 1))
         return updates, after._replace(mu=mu, nu=nu)
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def _fetch(count: Array, *moments: Array) -> tuple[Array, ...]:
+    count, *moments = jax.lax.optimization_barrier((count, *moments))
+    return count, *jax.device_put(moments, jax.memory.Space.Device)
+
+
+def _put_back(count: Array, *moments: Array) -> tuple[Array, ...]:
+    return jax.lax.optimization_barrier((count, *jax.device_put(moments, jax.memory.Space.Host)))
 
 
 def _decays(params: Params) -> dict[str, bool]:
