@@ -58,34 +58,34 @@ def _in_turns(
 ) -> optax.GradientTransformationExtraArgs:
     """`adam` of one parameter after the other; `offload`: its moments fetched from host memory.
 
-    Left to itself a compiler may fetch all moments before it uses the first. The counter, which
-    every turn needs, is handed from one to the next through barriers: a turn's moments are fetched
-    when those of the turn before are back. Without offload the same is written in the same order,
-    so that compilers find the same arithmetic.
+    Left to itself a compiler may fetch all moments before it uses the first. A scalar is handed
+    from one turn to the next through barriers: a turn's moments are fetched when those of the turn
+    before are back. Without offload the same is written in the same order, so that compilers find
+    the same arithmetic.
     """
     fetch, put_back = (_fetch, _put_back) if offload else (lambda *leaves: leaves,) * 2
 
     def update(grads, state, params=None, **extra):
-        count, updates, moments = state.count, {}, {}
+        turn, updates, moments = state.count, {}, {}
         for path, grad in grads.items():
-            count, mu, nu = fetch(count, state.mu[path], state.nu[path])
-            held = state._replace(count=count, mu={path: mu}, nu={path: nu})
+            turn, mu, nu = fetch(turn, state.mu[path], state.nu[path])
+            held = state._replace(mu={path: mu}, nu={path: nu})
             new, after = adam.update({path: grad}, held, **extra)
             updates |= new
-            count, *moments[path] = put_back(count, after.mu[path], after.nu[path])
+            turn, *moments[path] = put_back(turn, after.mu[path], after.nu[path])
         mu, nu = ({path: pair[i] for path, pair in moments.items()} for i in (0, 1))
         return updates, after._replace(mu=mu, nu=nu)
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
-def _fetch(count: Array, *moments: Array) -> tuple[Array, ...]:
-    count, *moments = jax.lax.optimization_barrier((count, *moments))
-    return count, *jax.device_put(moments, jax.memory.Space.Device)
+def _fetch(turn: Array, *moments: Array) -> tuple[Array, ...]:
+    turn, *moments = jax.lax.optimization_barrier((turn, *moments))
+    return turn, *jax.device_put(moments, jax.memory.Space.Device)
 
 
-def _put_back(count: Array, *moments: Array) -> tuple[Array, ...]:
-    return jax.lax.optimization_barrier((count, *jax.device_put(moments, jax.memory.Space.Host)))
+def _put_back(turn: Array, *moments: Array) -> tuple[Array, ...]:
+    return jax.lax.optimization_barrier((turn, *jax.device_put(moments, jax.memory.Space.Host)))
 
 
 def _decays(params: Params) -> dict[str, bool]:

@@ -125,7 +125,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_host_as_it_was():
 
 @pytest.mark.parametrize("then, devices", [(True, 4), (False, 1)])
 def test_a_run_goes_on_with_the_other_choice(tmp_path, then, devices):
-    """Saved with one choice and on one device, restored straight to where the other one wants it."""
+    """Saved with one choice, restored straight to where the other one wants it."""
     whole = trained(first(False, devices), False, devices)
     half = trained(first(not then, devices), not then, devices, steps=range(1))
     store = CheckpointStore(tmp_path)
