@@ -118,7 +118,10 @@ def _level(result: dict) -> str:
 def _memory(name: str, row: dict, level: str) -> str:
     names = ("parameters", "optimiser", "teacher", "activations", "other")
     cells = (row["memory_bytes"][key] for key in names)
-    text = " | ".join("–" if cell is None else f"{cell / GIB:.2f}" for cell in cells)
+    cells = ["–" if cell is None else f"{cell / GIB:.2f}" for cell in cells]
+    if host := row["memory_bytes"].get("host"):  # moments under optim.offload
+        cells[names.index("optimiser")] += f" and {host / GIB:.2f} in host memory"
+    text = " | ".join(cells)
     return f"| {name} | {text} | {sum(row['seconds'].values()):.0f} | {level} |"
 
 

@@ -186,6 +186,7 @@ class OptimConfig:
     weight_decay: float = 0.0  # not on norms, biases, gates' time constants
     clip_norm: float = 1.0
     lr_groups: tuple[str, ...] = ()  # "regex=multiplier": a path's rate relative to peak_lr
+    offload: bool = False  # moments live in host memory between steps
 
     def __post_init__(self):
         one_of("optim", "schedule", self.schedule, ("cosine", "constant"))

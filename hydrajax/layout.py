@@ -110,7 +110,11 @@ def lay_out(cfg: RunConfig, mesh: Mesh, student: Design, teacher: Callable[[], D
         learning_rate=schedule(cfg.optim, cfg.train.steps),
     )
     moments = state_shardings(
-        programs.tx, programs.trainable(placed.params), placed.shardings, mesh
+        programs.tx,
+        programs.trainable(placed.params),
+        placed.shardings,
+        mesh,
+        offload=cfg.optim.offload,
     )
     places = TrainState(NamedSharding(mesh, P()), placed.shardings, moments)
     return Layout(programs, placed, frozen, places, mesh)

@@ -8,7 +8,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hydrajax.config import OptimConfig
-from hydrajax.typing import Params, UserError
+from hydrajax.sharding import in_host_memory
+from hydrajax.typing import Array, Params, UserError
 
 # Time constants of the recurrence and anything that is not a matrix: decay would move what they
 # mean (fla exempts A_log and dt_bias for the same reason).
@@ -27,15 +28,64 @@ def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, cfg.peak_lr, warmup), after], [warmup])
 
 
-def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """clip → Adam → decay → per-path rate → schedule; works on any subset of the parameters."""
+def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """clip → Adam → decay → per-path rate → schedule; works on any subset of the parameters.
+
+    `update(..., keep=f)` makes `f(new, old)` of every leaf of the state.
+    """
+    adam = _kept(optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps))
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
-        optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
+        _in_turns(adam, cfg.offload),
         optax.add_decayed_weights(cfg.weight_decay, mask=_decays),
         _scale_groups(cfg.lr_groups),
-        optax.scale_by_learning_rate(schedule(cfg, steps)),
+        _kept(optax.scale_by_learning_rate(schedule(cfg, steps))),
     )
+
+
+def _kept(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx` with a say in what becomes of its state."""
+
+    def update(updates, state, params=None, *, keep=lambda new, old: new, **_):
+        updates, new = tx.update(updates, state, params)
+        return updates, jax.tree.map(keep, new, state)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _in_turns(
+    adam: optax.GradientTransformationExtraArgs, offload: bool
+) -> optax.GradientTransformationExtraArgs:
+    """`adam` of one parameter after the other; `offload`: its moments fetched from host memory.
+
+    Left to itself a compiler may fetch all moments before it uses the first. A scalar is handed
+    from one turn to the next through barriers: a turn's moments are fetched when those of the turn
+    before are back. Without offload the same is written in the same order, so that compilers find
+    the same arithmetic.
+    """
+    fetch, put_back = (_fetch, _put_back) if offload else (lambda *leaves: leaves,) * 2
+
+    def update(grads, state, params=None, **extra):
+        turn, updates, moments = state.count, {}, {}
+        for path, grad in grads.items():
+            turn, mu, nu = fetch(turn, state.mu[path], state.nu[path])
+            held = state._replace(mu={path: mu}, nu={path: nu})
+            new, after = adam.update({path: grad}, held, **extra)
+            updates |= new
+            turn, *moments[path] = put_back(turn, after.mu[path], after.nu[path])
+        mu, nu = ({path: pair[i] for path, pair in moments.items()} for i in (0, 1))
+        return updates, after._replace(mu=mu, nu=nu)
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def _fetch(turn: Array, *moments: Array) -> tuple[Array, ...]:
+    turn, *moments = jax.lax.optimization_barrier((turn, *moments))
+    return turn, *jax.device_put(moments, jax.memory.Space.Device)
+
+
+def _put_back(turn: Array, *moments: Array) -> tuple[Array, ...]:
+    return jax.lax.optimization_barrier((turn, *jax.device_put(moments, jax.memory.Space.Host)))
 
 
 def _decays(params: Params) -> dict[str, bool]:
@@ -66,12 +116,15 @@ def state_shardings(
     params: Params,
     shardings: dict[str, NamedSharding],
     mesh: Mesh,
+    *,
+    offload: bool = False,
 ):
-    """Moments live where their parameters live; counters on every device."""
+    """Moments live where their parameters live, or `offload` in the memory of that device's host;
+    counters on every device."""
     abstract = jax.eval_shape(tx.init, params)
     return optax.tree_map_params(
         tx,
-        lambda _, sharding: sharding,
+        lambda _, sharding: in_host_memory(sharding) if offload else sharding,
         abstract,
         {path: shardings[path] for path in params},
         transform_non_params=lambda _: NamedSharding(mesh, P()),

@@ -21,6 +21,7 @@ from hydrajax.typing import Array, UserError
 Axes = tuple[str | None, ...]
 
 MESH_AXES = ("data", "fsdp", "context", "model")
+HOST = "pinned_host"  # memory of the host that its devices read and write
 
 # logical axis -> mesh axes. Activations are split over rows and over the tokens of a row, weights
 # along the width over fsdp, and over context too: else devices that share rows would hold copies.
@@ -100,6 +101,18 @@ def param_shardings(
         path: NamedSharding(mesh, spec(axes[path], shapes[path], dict(mesh.shape)))
         for path in shapes
     }
+
+
+def in_host_memory(sharding: NamedSharding) -> NamedSharding:
+    """The same parts, each in the memory of its device's host; UserError where there is none."""
+    try:
+        return sharding.with_memory_kind(HOST)
+    except ValueError as e:
+        kind = device_kind(sharding.mesh)
+        raise UserError(
+            f"optim.offload=True needs memory of kind {HOST!r} beside the devices, {kind} has none "
+            f"({e}). Set optim.offload=False."
+        ) from e
 
 
 def replicated(

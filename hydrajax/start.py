@@ -23,7 +23,7 @@ from hydrajax.typing import Params, UserError
 FREE_ON_RESUME = (
     "out", "train.log_every", "train.eval_every", "train.save_every", "train.keep",
     "train.profile", "train.tensorboard", "train.on_nonfinite", "mesh.", "kernels.", "select.",
-    "eval.", "hydra.chunk",
+    "eval.", "hydra.chunk", "optim.offload",
 )  # fmt: skip
 
 # Fields of a teacher that decide the shapes of its parameters.
@@ -82,7 +82,7 @@ def _find(
     step = store.newest_valid()
     if step is not None:
         info = read_config(cfg.out)
-        _same_run(cfg, info.run)
+        check_resumable(cfg, info.run)
         return Start(
             f"resume step {step} of {cfg.out}", info.model, info.hydra, info.plan, None, step
         )
@@ -127,7 +127,7 @@ def _from_teacher(cfg: RunConfig, batches: list[dict[str, np.ndarray]]) -> Start
     return Start(story, model, cfg.hydra, plan, student, parent=run.info.path)
 
 
-def _same_run(cfg: RunConfig, stored: dict[str, Any] | None) -> None:
+def check_resumable(cfg: RunConfig, stored: dict[str, Any] | None) -> None:
     """Refuse to resume under a config that would change the curve."""
     now, before = _leaves(to_plain(cfg)), _leaves(stored or {})
     # Where it is only what the teacher should be, `check_expected` judges it.

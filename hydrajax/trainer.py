@@ -33,7 +33,7 @@ class Programs:
     student: nnx.GraphDef
     teacher: nnx.GraphDef | None
     run: RunConfig
-    tx: optax.GradientTransformation
+    tx: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule  # for the log: what `tx` applies at a step
 
     def trainable(self, params: Params) -> Params:
@@ -81,11 +81,10 @@ def make_train_step(programs: Programs):
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
 
         norm = optax.tree.norm(grads)
-        updates, opt_state = programs.tx.update(grads, state.opt_state, trained)
         finite = jnp.isfinite(norm)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        updates, opt_state = programs.tx.update(grads, state.opt_state, trained, keep=keep)
         trained = jax.tree.map(keep, optax.apply_updates(trained, updates), trained)
-        opt_state = jax.tree.map(keep, opt_state, state.opt_state)
         metrics |= {"grad_norm": (norm, 1.0), "nonfinite": (1.0 - finite, 1.0)}
         return TrainState(state.step + 1, frozen | trained, opt_state), metrics
 

@@ -19,7 +19,14 @@ from jax.sharding import PartitionSpec as P
 from tiny_runs import CFG, HYDRA, PLAN, run_config
 
 from experiments import rehearsal
-from hydrajax.config import DataConfig, HydraConfig, MeshConfig, RunConfig, StageConfig
+from hydrajax.config import (
+    DataConfig,
+    HydraConfig,
+    MeshConfig,
+    OptimConfig,
+    RunConfig,
+    StageConfig,
+)
 from hydrajax.head_plan import HeadPlan
 from hydrajax.layout import lay_out
 from hydrajax.rehearse import memory as hbm
@@ -311,6 +318,13 @@ def test_the_message_names_sizes_and_the_knob():
         # Micro-batches must still divide over the devices.
         (MESH, config(rows=24, accum=2, loss_chunk=1), SIZES,
          ["--config.train.accum=6 (now 2)"]),
+        # The moments alone stand in the way: of the state, or of the whole step.
+        (MESH, config(), replace(SIZES, optimiser=12 * GIB, total=30 * GIB),
+         ["--config.optim.offload=True (now False)"]),
+        (MESH, config(rows=4, loss_chunk=1), replace(SIZES, total=20 * GIB),
+         ["--config.optim.offload=True (now False)", "--config.data.seq_len=256 (now 512)"]),
+        (MESH, replace(config(), optim=OptimConfig(offload=True)),
+         replace(SIZES, optimiser=12 * GIB), []),
     ],
 )  # fmt: skip
 def test_advice_fits_what_is_too_large(mesh, cfg, memory, knobs):

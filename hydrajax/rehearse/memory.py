@@ -4,7 +4,8 @@ State, teacher and rows are counted from shapes and shardings. `activations` is 
 pass keeps for the backward pass, found by tracing the loss on one device's tokens; with mesh.model
 > 1 it is an upper bound, since heads and MLP widths are then split further, and with mesh.context >
 1 it lacks what a device keeps of the others' tokens, their keys and state maps. The total is the
-compiler's, and `other` is what it needs beside: gradients, working space, code.
+compiler's, and `other` is what it needs beside: gradients, working space, code. What lies in host
+memory is `host` and part of nothing else.
 """
 
 import math
@@ -19,13 +20,14 @@ from jax.sharding import Mesh
 from hydrajax.config import RunConfig
 from hydrajax.layout import Layout
 from hydrajax.rehearse.chips import GIB
+from hydrajax.sharding import HOST
 from hydrajax.trainer import make_loss
 from hydrajax.typing import Params
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device."""
+    """Bytes on one device, and those in host memory for it."""
 
     parameters: int  # fp32 masters
     optimiser: int
@@ -35,6 +37,7 @@ class Memory:
     activations: int
     total: int | None = None  # the compiler's; where the state alone is too large, the least
     hbm: int | None = None  # the compiler's where it refuses, else that of the table
+    host: int = 0  # moments under optim.offload
 
     @property
     def state(self) -> int:
@@ -57,9 +60,12 @@ class Memory:
 def count(layout: Layout) -> Memory:
     """All but the compiler's part."""
     state = layout.state()
+    opt_state = jax.tree.leaves(state.opt_state)
+    offloaded = [a for a in opt_state if a.sharding.memory_kind == HOST]
     return Memory(
         parameters=_on_device(state.params),
-        optimiser=_on_device(state.opt_state),
+        optimiser=_on_device(opt_state) - _on_device(offloaded),
+        host=_on_device(offloaded),
         teacher=_on_device(layout.teacher.params) if layout.teacher else 0,
         rows=_on_device(layout.batch()),
         gradients=_on_device(layout.trained()),
@@ -150,7 +156,7 @@ def refusal(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> str:
     parts = ", ".join(
         f"{name} {value / GIB:.2f}"
         for name, value in memory.facts().items()
-        if name not in ("total", "hbm", "other") and value >= GIB / 200
+        if name not in ("total", "hbm", "other", "host") and value >= GIB / 200
     )
     least = "at least " if memory.state > memory.hbm else ""  # then it was not compiled
     knobs = "; or ".join((*advice(cfg, mesh, memory), "take a topology with more devices"))
@@ -168,8 +174,13 @@ def advice(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> Iterator[str
             f"split parameters and moments over more devices, --config.mesh.data=1 "
             f"--config.mesh.fsdp={split} (now {mesh['data']} and {mesh['fsdp']})"
         )
-    if memory.state > memory.hbm:
-        return  # rows and activations are not what is too much
+    offload = "keep the moments in host memory, --config.optim.offload=True (now False)"
+    too_much = memory.state if memory.state > memory.hbm else memory.total
+    helps = not cfg.optim.offload and too_much - memory.optimiser <= memory.hbm
+    if memory.state > memory.hbm:  # rows and activations are not what is too much
+        if helps:
+            yield offload
+        return
     rows = cfg.data.rows // cfg.train.accum // split
     if rows > 1:
         ratio = (memory.total - memory.state) / max(memory.hbm - memory.state, 1)
@@ -181,6 +192,8 @@ def advice(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> Iterator[str
     less = min(now, max(rows, 1) * cfg.data.seq_len // mesh["context"]) // 2
     if less > 0:
         yield f"fewer logits at a time, --config.train.loss_chunk={less} (now {now})"
+    if helps:
+        yield offload
     if rows <= 1:
         length = cfg.data.seq_len
         yield f"shorter rows, --config.data.seq_len={length // 2} (now {length})"

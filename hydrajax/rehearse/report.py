@@ -81,6 +81,12 @@ def screen(row: dict) -> str:
         f"HBM, GiB      {named}  total {memory['total'] / GIB:.2f} of {memory['hbm'] / GIB:.2f}",
         f"seconds       {_pairs(row['seconds'])}",
     ]
+    if memory["host"]:
+        lines.insert(
+            3,
+            f"host, GiB     optimiser {memory['host'] / GIB:.2f}: crosses the link to the host and "
+            "back once a step, in no time below",
+        )
     return "\n".join(lines + (_expectation_lines(row) if row["fits"] else []))
 
 

@@ -1,0 +1,220 @@
+"""optim.offload: the same numbers, moments in host memory between steps, less on the device."""
+
+import functools
+import json
+import math
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from tiny_runs import CFG, HYDRA, PLAN, batch, draw, run_config, teacher
+
+from hydrajax import sharding
+from hydrajax.checkpoint import CheckpointStore
+from hydrajax.config import HydraConfig, KernelConfig, MeshConfig, ModelConfig, to_plain
+from hydrajax.head_plan import HeadPlan
+from hydrajax.layout import Layout, lay_out
+from hydrajax.rehearse import memory as hbm
+from hydrajax.rehearse.step import devices_of
+from hydrajax.sharding import make_mesh, place_batch
+from hydrajax.start import check_resumable
+from hydrajax.trainer import TrainState, jit_train_step, means
+from hydrajax.typing import UserError
+from train import restore
+
+H100 = Path(__file__).parent / "h100.txtpb"
+STEPS = 3
+CLIPPED = dict(clip_norm=1e-2)  # far below the gradients' norm
+
+
+@functools.cache
+def layout(offload: bool, devices: int = 1) -> Layout:
+    cfg = run_config("distill", dict(offload=offload, **CLIPPED), ce_weight=0.5)
+    full = HeadPlan.all_full(CFG.num_layers, CFG.num_heads, CFG.num_kv_heads)
+    student = SimpleNamespace(model=CFG, hydra=HYDRA, plan=PLAN)
+    taught = SimpleNamespace(model=CFG, hydra=HydraConfig.teacher(), plan=full)
+    mesh = make_mesh(MeshConfig(1, devices), jax.devices()[:devices])
+    return lay_out(cfg, mesh, student, lambda: taught)
+
+
+@functools.cache
+def step_of(offload: bool, devices: int = 1):
+    """The compiled step as a function of state and rows."""
+    made = layout(offload, devices)
+    frozen = {path: jax.device_put(teacher()[1][path], a.sharding)
+              for path, a in made.teacher.params.items()}  # fmt: skip
+    fn = jit_train_step(made.programs, made.places)
+
+    def step(state: TrainState, rows: dict):
+        with jax.set_mesh(made.mesh):
+            placed = place_batch(made.mesh, {k: np.asarray(v) for k, v in rows.items()})
+            return fn(state, frozen, placed)
+
+    return step
+
+
+def first(offload: bool, devices: int = 1) -> TrainState:
+    """As train.py makes it."""
+    made = layout(offload, devices)
+    params = jax.device_put(draw(HYDRA, PLAN)[1], made.places.params)
+    init = jax.jit(made.programs.tx.init, out_shardings=made.places.opt_state)
+    count = jax.device_put(jnp.zeros((), jnp.int32), made.places.step)
+    return TrainState(count, params, init(made.programs.trainable(params)))
+
+
+def trained(state: TrainState, offload: bool, devices: int = 1, steps=range(STEPS)) -> TrainState:
+    for seed in steps:
+        state, _ = step_of(offload, devices)(state, batch(seed=seed))
+    return state
+
+
+def kinds(tree) -> set[str]:
+    return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)}
+
+
+def moments(state: TrainState):
+    adam = state.opt_state[1]
+    return adam.mu, adam.nu
+
+
+def assert_same(got, want):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), jax.device_get(want))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_same_bits_with_the_moments_on_the_host(devices):
+    want = trained(first(False, devices), False, devices)
+    got = trained(first(True, devices), True, devices)
+    assert_same(got, want)
+    assert any(np.asarray(m).any() for m in moments(got)[0].values())
+    if devices > 1:  # and they are split as they were
+        one, other = (moments(s)[1]["layers.0.mlp.w_up"] for s in (got, want))
+        assert one.sharding.spec == other.sharding.spec != jax.sharding.PartitionSpec()
+        assert one.addressable_shards[0].data.shape == other.addressable_shards[0].data.shape
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_moments_alone_are_in_host_memory_from_the_first_state_on(devices):
+    device = jax.devices()[0].default_memory().kind
+    before = first(True, devices)
+    after = trained(before, True, devices, steps=[0])
+    for state in (before, after):
+        assert kinds(moments(state)) == {"pinned_host"}
+        adam, rate = state.opt_state[1], state.opt_state[-1]
+        assert kinds((state.step, state.params, adam.count, rate)) == {device}
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.opt_state)))
+    assert kinds(moments(first(False, devices))) == {device}
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_host_as_it_was():
+    state = trained(first(True), True)
+    before = jax.device_get(state)
+    bad = batch()
+    bad["loss_mask"] = bad["loss_mask"].at[2, 5].set(jnp.nan)
+    after, metrics = step_of(True)(state, bad)
+    assert means([metrics])["nonfinite"] == 1 and int(after.step) == STEPS + 1
+    assert_same((after.params, after.opt_state), (before.params, before.opt_state))
+    assert kinds(moments(after)) == {"pinned_host"}
+
+
+@pytest.mark.parametrize("then, devices", [(True, 4), (False, 1)])
+def test_a_run_goes_on_with_the_other_choice(tmp_path, then, devices):
+    """Saved with one choice, restored straight to where the other one wants it."""
+    whole = trained(first(False, devices), False, devices)
+    half = trained(first(not then, devices), not then, devices, steps=range(1))
+    store = CheckpointStore(tmp_path)
+    store.save(1, params=half.params, opt_state=half.opt_state)
+    position = SimpleNamespace(set_state=lambda _: None)
+    state = restore(store, 1, layout(then, devices), position)
+    store.close()
+    same = jax.tree.map(lambda a, place: a.sharding == place, state, layout(then, devices).places)
+    assert all(jax.tree.leaves(same))
+    assert_same(trained(state, then, devices, steps=range(1, STEPS)), whole)
+
+
+def test_the_choice_may_change_on_resume_and_be_missing_in_what_was_written_before():
+    now = run_config("distill", dict(offload=True))
+    before = json.loads(json.dumps(to_plain(run_config("distill"))))
+    check_resumable(now, before)
+    del before["optim"]["offload"]
+    check_resumable(now, before)
+    before["optim"]["clip_norm"] = 2.0
+    with pytest.raises(UserError, match=r"optim.clip_norm: 2.0 -> 1.0"):
+        check_resumable(now, before)
+
+
+def test_devices_without_such_memory_are_refused(monkeypatch):
+    monkeypatch.setattr(sharding, "HOST", "no_such_memory")
+    layout(False)
+    with pytest.raises(UserError, match=r"optim.offload=True needs memory of kind .*cpu has none"):
+        layout.__wrapped__(True)
+
+
+def test_the_rehearsal_counts_them_in_host_memory():
+    with_, without = hbm.count(layout(True, 4)), hbm.count(layout(False, 4))
+    assert with_.optimiser == 8  # two counters
+    assert with_.host == without.optimiser - 8 > 0 == without.host
+    assert replace(with_, host=0, optimiser=0) == replace(without, optimiser=0)
+
+
+def chips(kind: str) -> list:
+    """Devices that are not there; skips where there is nothing to compile for them with."""
+    if kind == "tpu":
+        return devices_of("v5e:2x2")
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda", topology_name="", target_config=H100.read_text(), topology="1x1x1"
+        )
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        pytest.skip(f"no CUDA plugin of jax to compile with: {error}")
+    return list(found.devices)
+
+
+needs_libtpu = pytest.mark.skipif(
+    find_spec("libtpu") is None, reason="compiles for TPUs: pip install 'jax[tpu]'"
+)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("tpu", marks=[pytest.mark.aot_tpu, needs_libtpu]),
+        pytest.param("cuda", marks=pytest.mark.aot_gpu),
+    ],
+)
+def test_the_compiled_step_keeps_them_off_the_device_and_fetches_a_few_at_a_time(kind):
+    devices = chips(kind)
+    model = ModelConfig(
+        vocab_size=512, width=256, mlp_width=1024, num_layers=6, num_heads=4, num_kv_heads=2,
+        head_dim=64,
+    )  # fmt: skip
+    plan = HeadPlan.all_full(model.num_layers, model.num_heads, model.num_kv_heads)
+    student = SimpleNamespace(model=model, hydra=HydraConfig.teacher(), plan=plan)
+    found, sizes = {}, {}
+    for offload in (False, True):
+        cfg = replace(run_config("pretrain", dict(offload=offload)), model=model)
+        cfg = replace(cfg, kernels=KernelConfig(*("xla",) * 3))
+        made = lay_out(cfg, make_mesh(MeshConfig(1, -1), devices), student, lambda: student)
+        with jax.set_mesh(made.mesh):
+            step = jit_train_step(made.programs, made.places)
+            lowered = step.lower(made.state(), {}, made.batch())
+        found[offload] = lowered.compile().memory_analysis()
+        sizes = {path: 2 * 4 * math.prod(a.sharding.shard_shape(a.shape))
+                 for path, a in made.trained().items()}  # fmt: skip
+    total, largest = sum(sizes.values()), max(sizes.values())
+    with_, without = found[True], found[False]
+    padded = 1.02  # of small arrays
+    assert total <= with_.host_argument_size_in_bytes <= padded * total
+    assert with_.host_alias_size_in_bytes == with_.host_output_size_in_bytes
+    assert with_.host_output_size_in_bytes == with_.host_argument_size_in_bytes
+    gone = without.argument_size_in_bytes - with_.argument_size_in_bytes
+    assert total <= gone <= padded * total
+    assert with_.alias_size_in_bytes >= with_.output_size_in_bytes - 4096  # the state is donated
+    more = with_.temp_size_in_bytes - without.temp_size_in_bytes
+    assert more <= 4 * largest < total / 2
