@@ -160,9 +160,9 @@ class Runner:
             f"--tokens={key[1]}", f"--config={args.config}", f"--documents={args.documents}",
             f"--cache={args.cache}", *options, *args.changes,
         ]  # fmt: skip
-        environment = FRACTION | os.environ
-        if what == "compile":
-            environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        # A pool that grows keeps what came first in pieces, and has no room in one for the step.
+        whole = "false" if what == "compile" else "true"
+        environment = FRACTION | os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": whole}
         with log.open("w") as file:
             try:
                 done = subprocess.run(
