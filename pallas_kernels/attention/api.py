@@ -135,10 +135,22 @@ def attention(
     order; `q_offset` is still that of the whole rows' first query.
     """
     _check_heads(q, k, v)
-    ordered = not isinstance(segment_ids, tuple)
-    if axis_name is not None:
-        _segments(segment_ids, q, k)  # for its errors
-        k, v, segment_ids, q_offset = context.gather_keys(axis_name, q, k, v, segment_ids, q_offset)
+    run = functools.partial(
+        _dispatched,
+        causal=causal,
+        window=window,
+        scale=scale,
+        implementation=implementation,
+        ordered=not isinstance(segment_ids, tuple),
+    )
+    if axis_name is None:
+        return run(q, k, v, segment_ids, q_offset)
+    _segments(segment_ids, q, k)  # for its errors
+    balance = causal and window is None
+    return context.attend(axis_name, run, q, k, v, segment_ids, q_offset, balance=balance)
+
+
+def _dispatched(q, k, v, segment_ids, q_offset, *, causal, window, scale, implementation, ordered):
     static_offset = int(q_offset) if isinstance(q_offset, int | np.integer) else None
     offset = None if static_offset is not None else _row_offsets(q_offset, q.shape[0])
     if window is not None and (not causal or window < 1):
