@@ -76,6 +76,7 @@ optim.clip_norm
 optim.end_lr
 optim.eps
 optim.lr_groups
+optim.offload
 optim.peak_lr
 optim.schedule
 optim.warmup_steps
