@@ -32,8 +32,9 @@ from pallas_kernels.timing import Clock
 LENGTHS = (16_384, 65_536, 131_072, 262_144)
 MULTIPLE = 32_768  # the longest row is searched among these
 # Of the GPU's memory, unless the environment says otherwise: XLA takes less by default. The rest
-# is for the contexts of this process and of those that compile ahead.
-FRACTION = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+# is for the contexts of this process and of those that compile ahead. Taken whole: a pool that
+# grows keeps what came first in pieces, and has no room in one for the step.
+MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
 Row = dict[str, Any]
 Key = tuple[str, int]  # shape and tokens
 
@@ -99,7 +100,7 @@ def summary(rows: list[Row]) -> dict[str, float]:
     return out if longest is None else out | {"max_context": longest}
 
 
-def story(rows: list[Row], guess: int | None, multiple: int = MULTIPLE) -> dict[str, Any]:
+def story(rows: list[Row], guess: int | None, why: str, multiple: int = MULTIPLE) -> dict[str, Any]:
     """How far `max_context` is settled: what ran, what did not fit, what was not tried."""
     known = fits_of(rows)
     low = max((tokens for tokens, fits in known.items() if fits), default=0)
@@ -110,7 +111,7 @@ def story(rows: list[Row], guess: int | None, multiple: int = MULTIPLE) -> dict[
     if next_probe(known, guess, multiple) is None:
         return told | {"not_tried": "nothing between"}
     between = f"{low} and {high}" if high else f"{low} and more"
-    return told | {"not_tried": f"rows between {between}: the time was over"}
+    return told | {"not_tried": f"rows between {between}: {why}"}
 
 
 class Runner:
@@ -160,9 +161,9 @@ class Runner:
             f"--tokens={key[1]}", f"--config={args.config}", f"--documents={args.documents}",
             f"--cache={args.cache}", *options, *args.changes,
         ]  # fmt: skip
-        # A pool that grows keeps what came first in pieces, and has no room in one for the step.
-        whole = "false" if what == "compile" else "true"
-        environment = FRACTION | os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": whole}
+        environment = MEMORY | os.environ
+        if what == "compile":
+            environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         with log.open("w") as file:
             try:
                 done = subprocess.run(
@@ -196,25 +197,35 @@ def measure_all(runner: Runner, rows: list[Row], args: argparse.Namespace) -> It
             return  # it would be tried again for ever
 
 
-def earlier(path: Path) -> tuple[list[Row], list[dict]]:
-    """Rows and metas of the runs that a file holds; the rows of failed cases are left out."""
+def earlier(path: Path, subject: dict[str, Any]) -> tuple[list[Row], list[dict]]:
+    """Rows and metas of the runs that a file holds, of the same `subject` or not at all.
+
+    What failed or did not fit is left out: it is tried again, there may be more room now.
+    """
     if not path.is_file():
         return [], []
     old = json.loads(path.read_text())
+    if old["meta"]["subject"] != subject:
+        sys.exit(f"{path}: expected cases of {subject}, got {old['meta']['subject']}")
     before = old["meta"].pop("earlier_runs", [])
-    return [row for row in old["rows"] if "error" not in row], [*before, old["meta"]]
+    return [row for row in old["rows"] if row.get("fits")], [*before, old["meta"]]
+
+
+def subject_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What all cases of a file share; documents are those of a row, of one length."""
+    return {"config": args.config, "documents": args.documents, "changes": args.changes}
 
 
 def make_meta(args: argparse.Namespace) -> dict[str, Any]:
     meta = make_lineage(["python", "-m", "experiments.long_context", *sys.argv[1:]], None)
     del meta["parent"], meta["parent_hash"]
     meta["versions"] |= versions(PACKAGES)
-    names = ("XLA_FLAGS", *FRACTION)
+    names = ("XLA_FLAGS", *MEMORY)
     return meta | ({"commit": args.commit} if args.commit else {}) | {
         "device": "",  # the first case tells
         "seeds": {"weights": 0, "heads": 0, "tokens": 0},
-        "environment": {name: (FRACTION | os.environ).get(name, "") for name in names},
-        "documents": f"{args.documents} a row, of one length",
+        "environment": {name: (MEMORY | os.environ).get(name, "") for name in names},
+        "subject": subject_of(args),
         "tokens_per_s": "tokens of the row by the median of steps_s",
         "searched": "of these rows one step ran, the first",
         "peak_bytes": "of the allocator over the whole case",
@@ -251,21 +262,23 @@ def _lengths(text: str) -> tuple[int, ...]:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     clock, meta = Clock(args.limit), make_meta(args)
-    rows, before = earlier(args.results) if args.add else ([], [])
+    rows, before = earlier(args.results, subject_of(args)) if args.add else ([], [])
     meta |= {"earlier_runs": before} if before else {}
     runner = Runner(args, clock)
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    failed = []
+    failed, report = [], {}
     for row in measure_all(runner, rows, args):
         rows = [*rows, row | {"date": meta["date"]}]
         failed += [row["error"]] if "error" in row else []
         _check_device(meta, rows, args.results)
         report = {"meta": meta, "rows": rows, "summary": summary(rows)}
-        report["search"] = story(rows, guess_of(rows))
+        why = "a case failed" if failed else "the time was over"
+        why = why if args.search else "nothing was searched"
+        report["search"] = story(rows, guess_of(rows), why)
         write_atomic(args.results, (json.dumps(report, indent=1) + "\n").encode())
         print(f"{args.limit - clock.left():7.1f} s  {line(row)}", flush=True)
     runner.close()
-    print(json.dumps(summary(rows) | {"search": story(rows, guess_of(rows))}, indent=1))
+    print(json.dumps({key: report.get(key) for key in ("summary", "search")}, indent=1))
     if failed:
         sys.exit(f"{len(failed)} cases failed, see {runner.logs}: {'; '.join(failed)}")
 

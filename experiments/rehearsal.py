@@ -169,8 +169,8 @@ memory and HBM traffic are then upper estimates.
 
 {implementations}
 
-Each row is of the commit that its file names. Since then MLPs take more than 16,384 tokens of a device in
-pieces, which changes the program of `qwen3_1p7b_extend_v5e_256` alone.
+Each row is of the commit that its file names. Since then GDN heads keep
+less for the backward pass, and MLPs take more than 16,384 tokens of a device in pieces.
 
 ## Assumptions
 

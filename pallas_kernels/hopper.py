@@ -39,11 +39,14 @@ def matrix(dtype, *shape):
 
 
 def parameters(barriers: bool = False):
-    """Of the compiler. It puts barriers around every store to shared memory and before every copy
-    only if asked to: our kernels say themselves where the four warps of a warpgroup wait for each
-    other, by `commit_smem`, `wait_smem_to_gmem` or a barrier at which all threads arrive. One is
-    due between a product that reads an operand and the store that replaces it, since each warp
-    waits for its own rows of the product alone.
+    """Of the compiler; with `barriers` it puts some around every store to shared memory and before
+    every copy, which what does little else does not feel.
+
+    Our longer kernels say themselves where the four warps of a warpgroup wait for each other, by
+    `commit_smem`, `wait_smem_to_gmem` or a barrier at which all threads arrive. One is due wherever
+    memory is read and then written: between a product and the store that replaces its operand, as
+    each warp waits for its own rows of the product alone, and between a load and a store, unless
+    both have the same layout, so that every warp writes what it has read itself.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 

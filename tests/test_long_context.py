@@ -70,9 +70,9 @@ def test_the_summary_has_the_names_of_what_ran():
 
 def test_what_was_not_tried_is_said():
     rows = [row("student", 256 * K), row("student", 512 * K, fits=False)]
-    assert story(rows, None)["not_tried"].startswith(f"rows between {256 * K} and {512 * K}")
-    assert story(rows[:1], None)["not_tried"].startswith(f"rows between {256 * K} and more")
-    settled = story([*rows, row("student", 288 * K, fits=False)], None)
+    assert story(rows, None, "why")["not_tried"].startswith(f"rows between {256 * K} and {512 * K}")
+    assert story(rows[:1], None, "why")["not_tried"].startswith(f"rows between {256 * K} and more")
+    settled = story([*rows, row("student", 288 * K, fits=False)], None, "why")
     assert settled["not_tried"] == "nothing between" and settled["does_not_fit"] == 288 * K
 
 
@@ -210,4 +210,8 @@ def test_a_failed_case_is_kept_as_one_and_named(monkeypatch, tmp_path):
         long_context.main(arguments)
     report = json.loads((tmp_path / "x.json").read_text())
     assert [r["error"] for r in report["rows"]] == ["exit code 1: ValueError: no kernel"] * 2
-    assert report["summary"] == {} and long_context.earlier(tmp_path / "x.json")[0] == []
+    assert report["summary"] == {}
+    subject = report["meta"]["subject"]
+    assert long_context.earlier(tmp_path / "x.json", subject)[0] == []
+    with pytest.raises(SystemExit, match=r"expected cases of .*2.*, got "):
+        long_context.earlier(tmp_path / "x.json", subject | {"documents": 2})

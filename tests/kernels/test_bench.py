@@ -6,6 +6,7 @@ import re
 import pytest
 
 from pallas_kernels import bench, timing
+from pallas_kernels.attention import bench as attention
 from pallas_kernels.gated_delta_rule import bench as gated_delta_rule
 from pallas_kernels.gated_delta_rule import peers, workload
 
@@ -188,3 +189,47 @@ def test_a_second_run_adds_to_the_first_and_mixes_no_ratios(tmp_path):
     out.write_text(json.dumps(other))
     with pytest.raises(SystemExit, match="was measured on 1 x TPU v9"):
         bench.main(f"{words} --add".split())
+
+
+def test_attention_is_measured_in_rows_and_packed(tmp_path):
+    words = (
+        "--op attention --shapes 1x64x2 --dim 16 --document 32 --twin 40 --repeats 2 --seconds 0"
+    )
+    out = tmp_path / "attention.json"
+    report = bench.main(f"{words} --seconds 0 --implementations xla,mosaic_gpu --out {out}".split())
+    for what in ("time", "packed"):
+        (row,) = rows(report, what=what, implementation="xla")
+        assert row["fwd_ms"] > 0 and row["fwdbwd_ms"] > 0 and "error" not in row
+        (row,) = rows(report, what=what, implementation="mosaic_gpu")
+        assert row["error"].keys() == {"fwd", "fwdbwd"} and "fwd_ms" not in row
+    for name in ("cudnn_packed", "cudnn_rows"):
+        (row,) = rows(report, what="packed", implementation=name)
+        assert "error" in row
+    found = rows(report, what="error", implementation="xla")
+    assert [row["inputs"] for row in found] == list(attention.INPUTS)
+    assert all(0 < max(row["errors"].values()) < 0.02 for row in found)
+
+
+def test_attention_ratios_are_speeds_of_the_worse_direction():
+    def row(what, name, fwd, both):
+        figures = {"fwd_ms": fwd, "fwd_tflops": 1, "fwdbwd_ms": both, "fwdbwd_tflops": 1}
+        return {"what": what, "shape": "16k", "implementation": name} | figures
+
+    found = attention.summary(
+        [
+            row("time", "mosaic_gpu", 2.0, 8.0),
+            row("time", "cudnn", 3.0, 4.0),
+            row("packed", "mosaic_gpu", 1.0, 4.0),
+            row("packed", "cudnn_packed", 2.0, 3.0),
+        ]
+    )
+    assert (found["fwd_vs_cudnn_16k"], found["fwdbwd_vs_cudnn_16k"]) == (1.5, 0.5)
+    assert found["packed_vs_cudnn_16k"] == 0.75
+    assert attention.flops("fwd", (1, 4096, 16, 128)) == 4 * 4096**2 * 128 * 16 / 2
+    assert attention.flops("fwdbwd", (1, 8192, 16, 128), 4096) == 3.5 * 2 * 4 * 4096**2 * 128 * 8
+
+
+def test_an_option_of_another_op_is_refused(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        bench.main(f"--op attention --decode 3 --out {tmp_path / 'x.json'}".split())
+    assert "--op attention knows no decode" in capsys.readouterr().err
