@@ -5,7 +5,8 @@
 
 from ml_collections import ConfigDict
 
-from hydrajax.config import ModelConfig, RunConfig, preset_values, to_config_dict, to_plain
+from hydrajax.config import ModelConfig, RunConfig, to_config_dict, to_plain
+from hydrajax.presets import preset_values
 from hydrajax.typing import UserError
 
 

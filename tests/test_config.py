@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hydrajax import config as C
+from hydrajax import presets
 from hydrajax.config import RunConfig, from_plain, to_config_dict, to_plain
 from hydrajax.model_config import ModelConfig, RopeConfig
 from hydrajax.typing import UserError
@@ -225,10 +226,14 @@ def test_facts_of_a_model_are_checked(values, message):
         from_plain(ModelConfig, MODEL | values, "model")
 
 
-@pytest.mark.parametrize("name", C.HYDRA_PRESETS)
+@pytest.mark.parametrize("name", presets.HYDRA_PRESETS)
 def test_presets_name_existing_fields_and_valid_values(name):
-    assert C.HYDRA_PRESETS.keys() == C.STAGE_PRESETS.keys() == C.SELECT_PRESETS.keys()
-    plain, changes = to_plain(RunConfig()), C.preset_values(name)
+    assert (
+        presets.HYDRA_PRESETS.keys()
+        == presets.STAGE_PRESETS.keys()
+        == presets.SELECT_PRESETS.keys()
+    )
+    plain, changes = to_plain(RunConfig()), presets.preset_values(name)
     for section, values in changes.items():
         assert values.keys() <= plain[section].keys()
         for key, value in values.items():
@@ -239,7 +244,7 @@ def test_presets_name_existing_fields_and_valid_values(name):
 
 def test_an_unknown_preset_is_refused():
     with pytest.raises(UserError, match="preset='x' is unknown"):
-        C.preset_values("x")
+        presets.preset_values("x")
 
 
 def config_files() -> list[tuple[str, str | None]]:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hydrajax.config import HYDRA_PRESETS, HydraConfig, ModelConfig
+from hydrajax.config import HydraConfig, ModelConfig
 from hydrajax.head_plan import HeadPlan, cache_bytes
 from hydrajax.model import Model, abstract_model, bind, logical_axes, split_params
+from hydrajax.presets import HYDRA_PRESETS
 
 CFG = ModelConfig(
     vocab_size=64, width=32, mlp_width=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,

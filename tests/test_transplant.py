@@ -10,9 +10,10 @@ import pytest
 from tiny_runs import CFG, batch, draw
 
 from hydrajax.calibration import inverse_softplus
-from hydrajax.config import HYDRA_PRESETS, HydraConfig, ModelConfig
+from hydrajax.config import HydraConfig, ModelConfig
 from hydrajax.head_plan import HeadPlan
 from hydrajax.model import bind, init_params
+from hydrajax.presets import HYDRA_PRESETS
 from hydrajax.transplant import SILU_ONE, Teacher, transplant
 from hydrajax.typing import UserError
 
