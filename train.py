@@ -19,7 +19,7 @@ from hydrajax.checkpoint import CheckpointStore, make_lineage, write_config
 from hydrajax.command import run_command
 from hydrajax.config import RunConfig, to_plain
 from hydrajax.data.pipeline import loss_rows, make_pipeline
-from hydrajax.data.top_k import Taught, taught_rows
+from hydrajax.data.taught import Taught, taught_rows
 from hydrajax.layout import Layout, fill, head_split, lay_out
 from hydrajax.liveness import Liveness
 from hydrajax.loop import Loop, run_loop
@@ -78,6 +78,8 @@ def train(cfg: RunConfig) -> None:
         holdout = taught_rows(cache, holdout, cfg.train.kl_temperature)
     if start.resume is None:
         lineage = make_lineage(sys.argv, start.parent)  # by all: processes read runs together
+        if cfg.train.teacher_cache:
+            lineage["teacher_cache"] = cache.header.summary()
         if distributed.is_lead():
             write_config(cfg.out, model=start.model, hydra=start.hydra, plan=start.plan,
                          run=to_plain(cfg), lineage=lineage)  # fmt: skip

@@ -128,8 +128,15 @@ def _from_teacher(cfg: RunConfig, batches: list[dict[str, np.ndarray]]) -> Start
 
 
 def check_resumable(cfg: RunConfig, stored: dict[str, Any] | None) -> None:
-    """Refuse to resume under a config that would change the curve."""
-    now, before = _leaves(to_plain(cfg)), _leaves(stored or {})
+    """Refuse to resume under a config that would change the curve.
+
+    A key that was not there yet when the run began stands for its default.
+    """
+    if stored is None:
+        raise UserError(f"{cfg.out} holds weights of no run; set config.out to a new folder.")
+    defaults = _leaves(to_plain(RunConfig()) | {"model": to_plain(ModelConfig)})
+    now, before = _leaves(to_plain(cfg)), _leaves(stored)
+    before = {key: defaults.get(key) for key in now} | before
     # Where it is only what the teacher should be, `check_expected` judges it.
     free = (*FREE_ON_RESUME, "model") if cfg.stage != "pretrain" else FREE_ON_RESUME
     changed = [

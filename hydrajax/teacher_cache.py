@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from hydrajax.checkpoint import files_hash, hash_params, make_lineage, params_hash
+from hydrajax.checkpoint import Run, files_hash, hash_params, make_lineage, params_hash
 from hydrajax.command import run_command
 from hydrajax.config import RunConfig, to_plain
 from hydrajax.data.pipeline import HOLDOUT_ROWS, Batch, Pipeline, loss_rows, make_pipeline
@@ -33,7 +34,7 @@ from hydrajax.losses import best_words
 from hydrajax.model import bind
 from hydrajax.run_folder import read_config
 from hydrajax.sharding import check_batch, make_mesh, place_batch
-from hydrajax.start import read_teacher, teacher_folder
+from hydrajax.start import check_expected, read_teacher, teacher_folder
 from hydrajax.tokenizer import load_tokenizer
 from hydrajax.typing import UserError
 
@@ -105,48 +106,68 @@ def make(
     tokenizer = load_tokenizer(cfg.tokenizer or cfg.teacher)
     pipeline = make_pipeline(replace(cfg.data, rows=micro), tokenizer)
     run = read_teacher(cfg)
+    check_expected(cfg.model, run.info.model, cfg.teacher)
+    header = _header(cfg, pipeline.identity, run, top_k, temperatures)
+    with Writer(cfg.train.teacher_cache, header, _made_by(cfg, command)) as writer:
+        _tell(writer, rows_of(cfg))
+        ask = _program(cfg, mesh, run, header)
+        del run  # its copy on the host
+        with jax.set_mesh(mesh):
+            there = Cache(writer.path)
+            held = loss_rows(cfg, tokenizer, multiple=mesh.shape["data"] * mesh.shape["fsdp"])
+            _write(writer, "holdout", _lacking(held, there), ask)
+            left = _left(pipeline, there, rows_of(cfg), micro)
+            _write(writer, "train", left, ask, total=rows_of(cfg))
+    pipeline.close()
+    return writer.path
+
+
+def _header(
+    cfg: RunConfig, data: dict[str, Any], run: Run, top_k: int, temperatures: tuple[float, ...]
+) -> Header:
+    """What the cache will hold; UserError if the command asks for what cannot be."""
     vocab_size = run.info.model.vocab_size
     if not 1 <= top_k <= vocab_size:
         raise UserError(f"--top_k must lie in [1, {vocab_size}], the vocabulary, got {top_k}.")
-    facts = identity(cfg, pipeline.identity, run.info, hash_params(run.params))
     served = tuple(sorted({*temperatures, cfg.train.kl_temperature}))
     if served[0] <= 0:
         raise UserError(f"temperatures must be positive, got {served[0]}.")
-    header = Header(facts, top_k, vocab_size, served)
+    facts = identity(cfg, data, run.info, hash_params(run.params))
+    return Header(facts, top_k, vocab_size, served)
+
+
+def _made_by(cfg: RunConfig, command: list[str]) -> dict[str, Any]:
     made_by = make_lineage(command, None) | {"teacher": cfg.teacher}
     made_by["teacher_files"] = files_hash(cfg.teacher)
     del made_by["parent"], made_by["parent_hash"]  # the teacher, under its own name
-    writer = Writer(cfg.train.teacher_cache, header, made_by)
-    _tell_size(writer, rows_of(cfg))
+    return made_by
 
+
+def _program(cfg: RunConfig, mesh: Mesh, run: Run, header: Header) -> Callable[[Batch], tuple]:
+    """The teacher on the devices: rows -> `losses.best_words`."""
     placed = place_teacher(cfg, mesh, run.info)
     params = fill(placed, run)
-    del run  # its copy on the host
 
     @jax.jit
     def words(params, batch):
         teacher = bind(placed.graphdef, params)
         x, _ = teacher.hidden(**{k: batch[k] for k in ("tokens", "segment_ids", "positions")})
-        return best_words(teacher, x, top_k, header.temperatures, cfg.train.loss_chunk)
+        return best_words(teacher, x, header.top_k, header.temperatures, cfg.train.loss_chunk)
 
-    def ask(batch: Batch):
-        return words(params, place_batch(mesh, batch))
-
-    with jax.set_mesh(mesh):
-        there = Cache(writer.path)
-        held = loss_rows(cfg, tokenizer, multiple=mesh.shape["data"] * mesh.shape["fsdp"])
-        _write(writer, "holdout", _lacking(held, set(there.keys("holdout"))), ask)
-        left = _left(pipeline, there, rows_of(cfg), micro)
-        _write(writer, "train", left, ask, total=rows_of(cfg))
-    pipeline.close()
-    return writer.path
+    return lambda batch: words(params, place_batch(mesh, batch))
 
 
-def _tell_size(writer: Writer, rows: int) -> None:
-    """Say what the cache will take; UserError if the disk has less."""
+def _tell(writer: Writer, rows: int) -> None:
+    """Say what was lost and what the cache will take; UserError if the disk has less."""
+    for shard in writer.lost:
+        print(
+            f"{writer.path / shard.name} is missing or cut: {shard.split} rows {shard.first:,} to "
+            f"{shard.first + shard.rows - 1:,} have to be computed again, the other files stay",
+            flush=True,
+        )
     header, size = writer.header, writer.header.record.itemsize
     whole = (rows + HOLDOUT_ROWS) * size
-    done = (min(writer.rows("train"), rows) + writer.rows("holdout")) * size
+    done = (writer.rows("train", rows) + writer.rows("holdout")) * size
     free = shutil.disk_usage(writer.path).free
     print(
         f"{writer.path}: {rows:,} rows and {HOLDOUT_ROWS} held out, of "
@@ -165,8 +186,9 @@ def _bytes(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-def _lacking(held: list[Batch], known: set[int]) -> Iterator[tuple[Batch, np.ndarray]]:
+def _lacking(held: list[Batch], cache: Cache) -> Iterator[tuple[Batch, np.ndarray]]:
     """Held-out batches with rows that a cache lacks, and which; rows of padding are none."""
+    known = {key for _, key in cache.keys("holdout")}
     for batch in held:
         lacks = np.array([row_key(batch, i) not in known for i in range(len(batch["tokens"]))])
         lacks &= batch["segment_ids"].any(axis=1)
@@ -179,22 +201,26 @@ def _left(
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Batches up to `rows` that a cache lacks, and which of their rows; those it has must agree."""
     keys = cache.keys("train")
+    row, key = next(keys, (None, None))
     for first in range(0, rows, micro):
         batch, lacks = next(pipeline), np.ones(micro, bool)
-        for i, key in zip(range(micro), keys, strict=False):
+        for i in range(micro):
+            if first + i != row:
+                continue
             if row_key(batch, i) != key:
                 raise UserError(
                     f"{cache.path}: row {first + i} was of other tokens when it was written, "
                     "although its config is the same. Remove the folder and start again."
                 )
             lacks[i] = False
+            row, key = next(keys, (None, None))
         if lacks.any():
             yield batch, lacks
 
 
 def _write(writer: Writer, split: str, batches: Iterator, ask, total: int = 0) -> None:
     """The rows that are wanted of each batch; the device is at the next one meanwhile."""
-    before, began, told = writer.rows(split), time.monotonic(), time.monotonic()
+    before, began, told = writer.rows(split, total), time.monotonic(), time.monotonic()
     done, asked = before, None
     for batch, wanted in batches:
         asked, ready = (batch, wanted, ask(batch)), asked

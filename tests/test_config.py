@@ -12,6 +12,7 @@ from hydrajax import config as C
 from hydrajax import presets
 from hydrajax.config import RunConfig, from_plain, to_config_dict, to_plain
 from hydrajax.model_config import ModelConfig, RopeConfig
+from hydrajax.start import check_resumable
 from hydrajax.typing import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -165,6 +166,35 @@ def test_round_trips_through_json_values_and_config_dict():
     mutable = to_config_dict(cfg)
     assert isinstance(mutable, ConfigDict) and isinstance(mutable.data.files, tuple)
     assert build("optim", peak_lr=1).optim.peak_lr == 1.0  # whole numbers are fine for floats
+
+
+def test_a_run_begun_before_a_key_existed_had_its_default():
+    cfg = build("config", stage="pretrain", model=MODEL, out="runs/x")
+    keys = set(leaves(to_plain(cfg)))
+    assert {"train.teacher_cache", "optim.clip_norm", "model.qk_norm", "model.rope.theta"} < keys
+    needed = {"stage", *(f"model.{name}" for name in MODEL)}  # not at their defaults
+    for key in keys - needed:
+        check_resumable(cfg, without(to_plain(cfg), key))
+    taught = build("config", stage="distill", train=dict(teacher_cache="caches/x"), out="runs/x")
+    for now, key, message in [
+        (cfg, "model.width", r"\(model\.width: 0 -> 8\)"),
+        (taught, "train.teacher_cache", r"\(train\.teacher_cache: '' -> 'caches/x'\)"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            check_resumable(now, without(to_plain(now), key))
+    gone = to_plain(cfg) | {"old": 3}
+    with pytest.raises(UserError, match=r"\(old: 3 -> None\)"):
+        check_resumable(cfg, gone)
+    with pytest.raises(UserError, match="runs/x holds weights of no run"):
+        check_resumable(cfg, None)
+
+
+def without(tree: dict, key: str) -> dict:
+    """The tree without the leaf `key`, a dotted path."""
+    first, _, rest = key.partition(".")
+    if rest:
+        return tree | {first: without(tree[first], rest)}
+    return {name: value for name, value in tree.items() if name != first}
 
 
 @pytest.mark.parametrize(

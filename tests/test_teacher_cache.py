@@ -17,7 +17,8 @@ from hydrajax.checkpoint import CheckpointStore, make_lineage, write_config
 from hydrajax.config import HydraConfig, MeshConfig, ModelConfig, RunConfig
 from hydrajax.data import top_k
 from hydrajax.data.pipeline import loss_rows, make_pipeline
-from hydrajax.data.top_k import Cache, Taught, taught_rows
+from hydrajax.data.taught import Taught, taught_rows
+from hydrajax.data.top_k import Cache, Writer
 from hydrajax.head_plan import HeadPlan
 from hydrajax.layout import lay_out
 from hydrajax.model import bind, init_params, load_model
@@ -178,6 +179,30 @@ def test_a_resumed_run_reads_on_where_it_stopped(home, at):
     assert again.get_state() == first.get_state()
 
 
+def test_a_run_does_not_go_on_with_another_cache(home):
+    """The folder is the same, what it holds is not: remade by another command."""
+    cfg, other = config(home), config(home, "whole")
+    pipeline = taught(cfg, opened(cfg))
+    next(pipeline)
+    state = json.loads(json.dumps(pipeline.get_state()))
+    now = taught(other, opened(other))
+    with pytest.raises(UserError, match=r"whole is not the .*: top_k: expected 8, got 259\. Make"):
+        now.set_state(state)
+    cache = opened(cfg)
+    of_it = cache.header.identity
+    for name, message in [
+        ("teacher (hash)", r"teacher \(hash\): expected '\w+', got 'x'; identity"),
+        ("teacher's config (hash)", r": identity \(hash\): expected '\w+', got '\w+'\."),
+    ]:
+        cache.header = replace(cache.header, identity=of_it | {name: "x"})
+        with pytest.raises(UserError, match=message):
+            taught(cfg, cache).set_state(state)
+    del state["teacher_cache"]  # as runs wrote it that did not say
+    again = taught(cfg, opened(cfg))
+    again.set_state(state)
+    jax.tree.map(np.testing.assert_array_equal, next(again), next(pipeline))
+
+
 def test_a_student_taught_by_all_cached_words_walks_the_curve_of_the_teachers_own(home):
     cached = config(home, "whole", ce_weight=0.1)
     plain = config_without_cache(cached)
@@ -319,7 +344,7 @@ def test_a_cut_command_leaves_nothing_that_is_accepted_and_goes_on(home, last, m
     found = opened(cfg)
     assert len(found.shards) > 2
     assert {p.name for p in found.path.iterdir()} == {
-        "manifest.json", *(shard.name for shard in found.shards)
+        ".lock", "manifest.json", *(shard.name for shard in found.shards)
     }  # fmt: skip
     for split in ("train", "holdout"):
         assert sorted(found.keys(split)) == sorted(opened(config(home)).keys(split))
@@ -328,6 +353,72 @@ def test_a_cut_command_leaves_nothing_that_is_accepted_and_goes_on(home, last, m
         pair = [next(pipeline) for pipeline in both]
         for name, want in pair[1].items():
             np.testing.assert_array_equal(pair[0][name], want, err_msg=name)
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_a_file_that_is_lost_is_made_again_alone(home, rows, monkeypatch, capsys):
+    """Of both splits, in the middle; the second command is cut between the two."""
+    cfg = config(home, f"lost{rows}")
+    lost = ["holdout-000000000.npy", "train-000000004.npy", "train-000000012.npy"]
+    with monkeypatch.context() as patch:
+        patch.setattr(top_k, "SHARD_BYTES", 1)
+        make(cfg, ["test"], 8, (2.0,))
+    folder = opened(cfg).path
+    assert len(opened(cfg).shards) > 6
+    for name in lost:
+        (folder / name).unlink()
+    others = {p: p.stat().st_mtime_ns for p in folder.glob("*.npy")}
+    capsys.readouterr()
+    again = config(home, f"lost{rows}", rows=rows, steps=STEPS * ROWS // rows)
+
+    def cut(path, data):
+        if path.name == lost[2]:
+            raise KeyboardInterrupt
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        write = top_k.write_atomic
+        patch.setattr(top_k, "write_atomic", cut)
+        with pytest.raises(KeyboardInterrupt):
+            make(again, ["test"], 8, (2.0,))
+    said = capsys.readouterr().out
+    assert "train-000000004.npy is missing or cut: train rows 4 to 7 have to be computed" in said
+    assert all(f"{name} is missing or cut" in said for name in lost)
+    assert said.index(lost[0]) < said.index("of which")
+    with pytest.raises(UserError, match=r"too few rows: expected .* = 24, got 12"):
+        opened(cfg)
+    make(again, ["test"], 8, (2.0,))
+    assert others == {p: p.stat().st_mtime_ns for p in others}
+    found, want = opened(cfg), opened(config(home))
+    assert {p.name for p in folder.glob("*.npy")} - {p.name for p in others} == set(lost)
+    for split in ("train", "holdout"):
+        assert list(found.keys(split)) == list(want.keys(split))
+    both = taught(cfg, found), taught(cfg, want)
+    for _ in range(STEPS):
+        pair = [next(pipeline) for pipeline in both]
+        for name, values in pair[1].items():
+            np.testing.assert_array_equal(pair[0][name], values, err_msg=name)
+    held = [taught_rows(cache, loss_rows(cfg, TOKENIZER), 1.0) for cache in (found, want)]
+    jax.tree.map(np.testing.assert_array_equal, *held)
+
+
+def test_one_command_at_a_time_writes_a_cache(home):
+    cfg = config(home, "held")
+    make(cfg, ["test"], 8)
+    before = {p: p.read_bytes() for p in (home / "held").iterdir()}
+    header, under_way = opened(cfg).header, home / "held/.train-000000000.npy.x"
+    with Writer(home / "held", header, {}):
+        under_way.write_bytes(b"of the first command")
+        with pytest.raises(UserError, match=r"written by another command, which holds .*\.lock"):
+            make(cfg, ["test"], 8)
+        assert under_way.is_file()
+    with Writer(home / "new", header, {}):  # also where nothing is there yet
+        (home / "new/manifest.json").unlink()
+        with pytest.raises(UserError, match="written by another command"):
+            make(config(home, "new"), ["test"], 8)
+    make(cfg, ["test"], 8)
+    del before[home / "held/manifest.json"]  # says who went on with it
+    assert before == {p: p.read_bytes() for p in before}
 
 
 def test_a_longer_run_makes_a_cache_longer(home):
@@ -379,13 +470,22 @@ def test_rows_of_other_tokens_are_refused_though_all_names_agree(home):
         (lambda cfg: make(cfg, [], 8, (-1.0,)), "temperatures must be positive, got -1.0"),
         (lambda cfg: make(config_without_cache(cfg), []), "teacher_cache is empty"),
         (lambda cfg: make(foreign(cfg), []), "holds other files"),
+        (
+            lambda cfg: make(expecting(cfg, num_layers=2), [], 8),
+            "teacher is not of config.model: num_layers: expected 2, got 1",
+        ),
         (lambda cfg: make(replace(cfg, train=replace(cfg.train, steps=10**12)), [], 8), "are free"),
     ],
-    ids=["top_k", "temperatures", "empty", "foreign", "disk"],
+    ids=["top_k", "temperatures", "empty", "foreign", "model", "disk"],
 )
 def test_the_command_refuses_by_name(home, call, message):
     with pytest.raises(UserError, match=message):
         call(config(home, "refused"))
+    assert not list((home / "teacher").glob(".*"))
+
+
+def expecting(cfg: RunConfig, **facts) -> RunConfig:
+    return replace(cfg, model=replace(MODEL, **facts))
 
 
 def config_without_cache(cfg: RunConfig) -> RunConfig:

@@ -178,6 +178,7 @@ def test_a_student_distils_from_a_cache_without_the_teachers_weights(road):
     assert "start: resume step" in said and "teacher: 16 best words of each token" in said
     assert records(out, "train/kl").keys() == set(range(1, 17))
     assert 16 in records(out, "eval/kl")
+    assert load_run(out).info.lineage["teacher_cache"]["top_k"] == 16
     said = finish(start(road, *args, "--config.out=runs/x", "--config.data.seed=3"), 2)
     assert "data.seed: expected 3, got 0" in said and not (road / "runs/x").exists()
 

@@ -1,4 +1,4 @@
-"""A teacher's k best words for the rows of a stream, on disk: written once, read beside the rows.
+"""A teacher's k best words for the rows of a stream, on disk: written once, read by `data.taught`.
 
 train-000000000.npy    records of the rows from 0 on; the next file is named after its first row
 holdout-000000000.npy  the held-out rows that runs are measured on
@@ -6,12 +6,16 @@ manifest.json          what the rows are, who spoke, and the files; renewed afte
 
 A record: `key` (hash of the row's tokens, segments and positions), `check` (CRC-32 of the rest),
 `ids` uint16 or int32 [T, k], `log_p` float32 [T, k] at temperature 1, and `rest` float32
-[T, temperatures] (see `losses.best_words`). A file that is not in the manifest does not count.
+[T, temperatures] (see `losses.best_words`). A file that is not in the manifest does not count, and
+one that is lost leaves a gap, which the next command fills. One command writes at a time: it holds
+a lock on `.lock`, which the system lets go when it ends, however it ends.
 """
 
+import fcntl
 import hashlib
 import io
 import json
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,12 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from hydrajax.data.pipeline import Batch, Pipeline
+from hydrajax.data.pipeline import Batch
 from hydrajax.manifest import write_atomic
 from hydrajax.typing import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 SHARD_BYTES = 256 << 20  # what a killed command has to compute again, at most
 PAYLOAD = ("ids", "log_p", "rest")
 MAKE = "make it with python -m hydrajax.teacher_cache and the same config"
@@ -50,6 +55,15 @@ class Header:
             ("log_p", "<f4", (tokens, self.top_k)),
             ("rest", "<f4", (tokens, len(self.temperatures))),
         ])  # fmt: skip
+
+    def summary(self) -> dict[str, Any]:
+        """What the records of a run say of the cache that taught it; JSON."""
+        text = json.dumps(self.identity, sort_keys=True)
+        return {
+            "top_k": self.top_k,
+            "teacher (hash)": self.identity["teacher (hash)"],
+            "identity (hash)": hashlib.sha256(text.encode()).hexdigest(),
+        }
 
     def refuse_unless(self, where: Path, expected: dict[str, Any]) -> None:
         """UserError that names what differs from the identity expected."""
@@ -90,13 +104,14 @@ class Cache:
                 raise UserError(f"{file} has {size} bytes, expected {shard.size}; {MAKE}.")
 
     def rows(self, split: str) -> int:
-        return sum(shard.rows for shard in self.shards if shard.split == split)
+        """Rows of a split from the first on, up to the first that is missing."""
+        return _gap(self.shards, split)[0]
 
-    def keys(self, split: str) -> Iterator[int]:
-        """Of all rows in order."""
+    def keys(self, split: str) -> Iterator[tuple[int, int]]:
+        """(row, key) of all rows in order."""
         for shard in self.shards:
             if shard.split == split:
-                yield from map(int, self._map(shard)["key"])
+                yield from enumerate(map(int, self._map(shard)["key"]), shard.first)
 
     def words(self, split: str, at: list[int | None], batch: Batch, temperature: float) -> Batch:
         """What `losses.cached_kl` reads, for the rows of a batch, which are rows `at` of the cache.
@@ -149,33 +164,53 @@ def fields(path: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 
 class Writer:
-    """Makes such a folder, or goes on where a killed one stopped; whole files are kept."""
+    """Makes such a folder, or goes on where a killed one stopped; whole files are kept.
+
+    A context: other commands are refused until it is left.
+    """
 
     def __init__(self, path: str | Path, header: Header, made_by: dict[str, Any]):
         self.path, self.header, self.made_by = Path(path), header, made_by
         self.shards: list[Shard] = []
+        self.lost: list[Shard] = []  # of the manifest found: missing or cut
         self._pending: list[np.ndarray] = []
-        if (self.path / MANIFEST).is_file():
-            self._go_on()
-        elif self.path.exists() and any(self.path.iterdir()):
+        others = [file for file in self.path.glob("*") if file.name != LOCK]
+        if others and not self._begun():
             raise UserError(f"{self.path} holds other files; name a new folder.")
-        else:
+        self._lock = _lock(self.path)
+        try:
+            if self._begun():
+                self._go_on()
             self._commit()
+        except BaseException:
+            self._lock.close()
+            raise
 
-    def rows(self, split: str) -> int:
-        """Rows of a split that are on disk."""
-        return sum(shard.rows for shard in self.shards if shard.split == split)
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._lock.close()
+
+    def rows(self, split: str, end: int = sys.maxsize) -> int:
+        """Rows of a split before `end` that are on disk."""
+        ours = [shard for shard in self.shards if shard.split == split]
+        return sum(max(0, min(s.rows, end - s.first)) for s in ours)
 
     def add(self, split: str, batch: Batch, words: tuple[np.ndarray, ...]) -> None:
-        """Take rows in order; written when they make a file."""
+        """Take the first rows that are missing, in order; written when they make a file."""
         records = np.zeros(len(batch["tokens"]), self.header.record)
         for name, values in zip(PAYLOAD, words, strict=True):
             records[name] = values
         for i, record in enumerate(records):
             record["key"], record["check"] = row_key(batch, i), _checksum(record)
-        self._pending.append(records)
-        if sum(r.nbytes for r in self._pending) >= SHARD_BYTES:
-            self.flush(split)
+        while len(records):
+            first, end = _gap(self.shards, split)
+            room = end - first - sum(map(len, self._pending))
+            self._pending.append(records[:room])
+            if len(records) >= room or sum(r.nbytes for r in self._pending) >= SHARD_BYTES:
+                self.flush(split)
+            records = records[room:]
 
     def flush(self, split: str) -> None:
         """Write what was added since."""
@@ -183,9 +218,9 @@ class Writer:
             return
         file, records = io.BytesIO(), np.concatenate(self._pending)
         np.save(file, records)
-        shard = Shard(split, self.rows(split), len(records), file.tell())
+        shard = Shard(split, _gap(self.shards, split)[0], len(records), file.tell())
         self._put(shard.name, file.getvalue())
-        self.shards.append(shard)
+        self.shards = sorted([*self.shards, shard], key=lambda s: (s.split, s.first))
         self._commit()
         self._pending = []
 
@@ -199,17 +234,18 @@ class Writer:
                     f"{self.path} was begun with {name}={there}, expected {here}; name a new "
                     "folder or remove this one."
                 )
-        for shard in shards:  # those behind a lost one would leave a gap
+        for shard in shards:
             file = self.path / shard.name
-            if not file.is_file() or file.stat().st_size != shard.size:
-                break
-            self.shards.append(shard)
+            whole = file.is_file() and file.stat().st_size == shard.size
+            (self.shards if whole else self.lost).append(shard)
         kept = {shard.name for shard in self.shards}
         for split in ("train", "holdout"):
             for file in (*self.path.glob(f"{split}-*.npy"), *self.path.glob(f".{split}-*.npy.*")):
                 if file.name not in kept:
                     file.unlink()
-        self._commit()
+
+    def _begun(self) -> bool:
+        return (self.path / MANIFEST).is_file()
 
     def _commit(self) -> None:
         body = {
@@ -222,68 +258,9 @@ class Writer:
 
     def _put(self, name: str, data: bytes) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / name, data)
         except OSError as e:
             raise UserError(f"{self.path / name} cannot be written ({e.strerror}).") from e
-
-
-class Taught:
-    """A pipeline whose batches also hold the teacher's best words; its position too is JSON."""
-
-    def __init__(
-        self, pipeline: Pipeline, cache: Cache, temperature: float, *,
-        process_index: int = 0, process_count: int = 1,
-    ):  # fmt: skip
-        self._pipeline, self._cache, self._temperature = pipeline, cache, temperature
-        self._process, self._of = process_index, process_count
-        self._row = 0  # of the stream, the first of the next global batch
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        batch = next(self._pipeline)
-        local = len(batch["tokens"])
-        first = self._row + self._process * local
-        at = list(range(first, first + local))
-        words = self._cache.words("train", at, batch, self._temperature)
-        self._row += self._of * local
-        return batch | words
-
-    def get_state(self) -> dict[str, Any]:
-        """Return the position after the last batch."""
-        return self._pipeline.get_state() | {"teacher_row": self._row}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue where `get_state` was called."""
-        self._pipeline.set_state(state)
-        self._row = state["teacher_row"]
-
-    def close(self) -> None:
-        self._pipeline.close()
-
-
-def taught_rows(cache: Cache, batches: list[Batch], temperature: float) -> list[Batch]:
-    """Held-out batches with the teacher's best words, found by the rows' keys."""
-    row_of = {key: row for row, key in enumerate(cache.keys("holdout"))}
-
-    def find(batch: Batch, i: int) -> int | None:
-        if not batch["segment_ids"][i].any():
-            return None
-        row = row_of.get(row_key(batch, i))
-        if row is None:
-            raise UserError(
-                f"{cache.path} lacks a held-out row: expected it among {len(row_of)}. Its command "
-                f"may have been cut; {MAKE}."
-            )
-        return row
-
-    out = []
-    for batch in batches:
-        at = [find(batch, i) for i in range(len(batch["tokens"]))]
-        out.append(batch | cache.words("holdout", at, batch, temperature))
-    return out
 
 
 def row_key(batch: Batch, i: int) -> int:
@@ -299,6 +276,42 @@ def _checksum(record: np.void) -> int:
     for name in PAYLOAD:
         check = zlib.crc32(np.ascontiguousarray(record[name]), check)
     return check
+
+
+def _gap(shards: list[Shard], split: str) -> tuple[int, int]:
+    """The first row that no file has, and the next one that some file has; files in order."""
+    end = 0
+    for shard in shards:
+        if shard.split == split:
+            if shard.first > end:
+                return end, shard.first
+            end = shard.first + shard.rows
+    return end, sys.maxsize
+
+
+def _lock(folder: Path) -> io.BufferedWriter:
+    """Hold the folder until the file that is returned is closed.
+
+    It stays: who removes a lock may remove that of another who took it meanwhile.
+    """
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as e:
+        raise UserError(f"{path} cannot be written ({e.strerror}).") from e
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        file.close()
+        raise UserError(
+            f"{folder} is being written by another command, which holds {path}; wait for its end, "
+            "or name another folder."
+        ) from e
+    except OSError as e:
+        file.close()
+        raise UserError(f"{path} cannot be locked ({e.strerror}); take another disk.") from e
+    return file
 
 
 def _map(folder: Path, shard: Shard, record: np.dtype) -> np.ndarray:
