@@ -248,7 +248,8 @@ def test_a_few_parameters_moments_are_on_the_device_at_a_time(kind):
         )  # fmt: skip
 
         def step(params, state, grads, tx=tx):
-            updates, state = tx.update(grads, state, params)
+            finite = jnp.isfinite(optax.tree.norm(grads))
+            updates, state = tx.update(grads, state, params, finite=finite)
             return optax.apply_updates(params, updates), state
 
         where = dict.fromkeys(params, place), places
@@ -256,5 +257,4 @@ def test_a_few_parameters_moments_are_on_the_device_at_a_time(kind):
             params, state, params
         )
         temporary[offload] = compiled.compile().memory_analysis().temp_size_in_bytes
-    print(kind, temporary)
-    assert temporary[True] - temporary[False] <= 12 * bytes_each < 64 * bytes_each / 4
+    assert temporary[True] - temporary[False] <= 4 * bytes_each  # of 64
