@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,7 +32,7 @@ def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
 def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """clip → Adam → decay → per-path rate → schedule; works on any subset of the parameters.
 
-    `update(..., keep=f)` makes `f(new, old)` of every leaf of the state.
+    `update(..., finite=False)`, an array too, leaves the state as it was.
     """
     adam = _kept(optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps))
     return optax.chain(
@@ -44,11 +45,11 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
 
 
 def _kept(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx` with a say in what becomes of its state."""
+    """`tx`, its state as it was where the gradients are not `finite`."""
 
-    def update(updates, state, params=None, *, keep=lambda new, old: new, **_):
+    def update(updates, state, params=None, *, finite=True, **_):
         updates, new = tx.update(updates, state, params)
-        return updates, jax.tree.map(keep, new, state)
+        return updates, jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
@@ -58,19 +59,19 @@ def _in_turns(
 ) -> optax.GradientTransformationExtraArgs:
     """`adam` of one parameter after the other; `offload`: its moments fetched from host memory.
 
-    Left to itself a compiler may fetch all moments before it uses the first. A scalar is handed
-    from one turn to the next through barriers: a turn's moments are fetched when those of the turn
-    before are back. Without offload the same is written in the same order, so that compilers find
-    the same arithmetic.
+    Left to itself a compiler may fetch all moments before it uses the first. `finite`, which every
+    turn needs and which waits for all gradients, is handed from one to the next through barriers: a
+    turn's moments are fetched when those of the turn before are back. Without offload the same is
+    written in the same order, so that compilers find the same arithmetic.
     """
     fetch, put_back = (_fetch, _put_back) if offload else (lambda *leaves: leaves,) * 2
 
-    def update(grads, state, params=None, **extra):
-        turn, updates, moments = state.count, {}, {}
+    def update(grads, state, params=None, *, finite=True, **_):
+        turn, updates, moments = jnp.asarray(finite), {}, {}
         for path, grad in grads.items():
             turn, mu, nu = fetch(turn, state.mu[path], state.nu[path])
             held = state._replace(mu={path: mu}, nu={path: nu})
-            new, after = adam.update({path: grad}, held, **extra)
+            new, after = adam.update({path: grad}, held, finite=turn)
             updates |= new
             turn, *moments[path] = put_back(turn, after.mu[path], after.nu[path])
         mu, nu = ({path: pair[i] for path, pair in moments.items()} for i in (0, 1))

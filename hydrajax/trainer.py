@@ -83,7 +83,7 @@ def make_train_step(programs: Programs):
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-        updates, opt_state = programs.tx.update(grads, state.opt_state, trained, keep=keep)
+        updates, opt_state = programs.tx.update(grads, state.opt_state, trained, finite=finite)
         trained = jax.tree.map(keep, optax.apply_updates(trained, updates), trained)
         metrics |= {"grad_norm": (norm, 1.0), "nonfinite": (1.0 - finite, 1.0)}
         return TrainState(state.step + 1, frozen | trained, opt_state), metrics

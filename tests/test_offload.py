@@ -11,15 +11,25 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny_runs import CFG, HYDRA, PLAN, batch, draw, run_config, teacher
 
 from hydrajax import sharding
 from hydrajax.checkpoint import CheckpointStore
-from hydrajax.config import HydraConfig, KernelConfig, MeshConfig, ModelConfig, to_plain
+from hydrajax.config import (
+    HydraConfig,
+    KernelConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    to_plain,
+)
 from hydrajax.head_plan import HeadPlan
 from hydrajax.layout import Layout, lay_out
+from hydrajax.optim import make_optimizer, state_shardings
 from hydrajax.rehearse import memory as hbm
 from hydrajax.rehearse.step import devices_of
 from hydrajax.sharding import make_mesh, place_batch
@@ -95,7 +105,7 @@ def test_the_same_bits_with_the_moments_on_the_host(devices):
     assert any(np.asarray(m).any() for m in moments(got)[0].values())
     if devices > 1:  # and they are split as they were
         one, other = (moments(s)[1]["layers.0.mlp.w_up"] for s in (got, want))
-        assert one.sharding.spec == other.sharding.spec != jax.sharding.PartitionSpec()
+        assert one.sharding.spec == other.sharding.spec != PartitionSpec()
         assert one.addressable_shards[0].data.shape == other.addressable_shards[0].data.shape
 
 
@@ -181,17 +191,20 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
+AHEAD_OF_TIME = pytest.mark.parametrize(
     "kind",
     [
         pytest.param("tpu", marks=[pytest.mark.aot_tpu, needs_libtpu]),
         pytest.param("cuda", marks=pytest.mark.aot_gpu),
     ],
 )
-def test_the_compiled_step_keeps_them_off_the_device_and_fetches_a_few_at_a_time(kind):
+
+
+@AHEAD_OF_TIME
+def test_the_compiled_step_keeps_them_off_the_device(kind):
     devices = chips(kind)
     model = ModelConfig(
-        vocab_size=512, width=256, mlp_width=1024, num_layers=6, num_heads=4, num_kv_heads=2,
+        vocab_size=512, width=256, mlp_width=1024, num_layers=2, num_heads=4, num_kv_heads=2,
         head_dim=64,
     )  # fmt: skip
     plan = HeadPlan.all_full(model.num_layers, model.num_heads, model.num_kv_heads)
@@ -216,5 +229,32 @@ def test_the_compiled_step_keeps_them_off_the_device_and_fetches_a_few_at_a_time
     assert gone >= total and gone == pytest.approx(with_.host_argument_size_in_bytes, rel=0.01)
     fresh = [s.output_size_in_bytes - s.alias_size_in_bytes for s in (with_, without)]
     assert fresh[0] <= fresh[1] < largest  # metrics: the state is donated
-    more = with_.temp_size_in_bytes - without.temp_size_in_bytes
-    assert more <= 4 * largest < total / 2
+
+
+@AHEAD_OF_TIME
+def test_a_few_parameters_moments_are_on_the_device_at_a_time(kind):
+    """The update of 32 matrices; a compiler left to itself may fetch the moments of all."""
+    mesh = make_mesh(MeshConfig(1, 1), chips(kind)[:1])
+    place = NamedSharding(mesh, PartitionSpec())
+    leaf = jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=place)
+    params, bytes_each = {f"w{i:02}": leaf for i in range(32)}, 4 * leaf.size
+    temporary = {}
+    for offload in (False, True):
+        tx = make_optimizer(OptimConfig(offload=offload), 10)
+        places = state_shardings(tx, params, dict.fromkeys(params, place), mesh, offload=offload)
+        state = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            jax.eval_shape(tx.init, params), places,
+        )  # fmt: skip
+
+        def step(params, state, grads, tx=tx):
+            finite = jnp.isfinite(optax.tree.norm(grads))
+            updates, state = tx.update(grads, state, params, finite=finite)
+            return optax.apply_updates(params, updates), state
+
+        where = dict.fromkeys(params, place), places
+        compiled = jax.jit(step, donate_argnums=(0, 1), out_shardings=where).lower(
+            params, state, params
+        )
+        temporary[offload] = compiled.compile().memory_analysis().temp_size_in_bytes
+    assert temporary[True] - temporary[False] <= 4 * bytes_each  # of 64
