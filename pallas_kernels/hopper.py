@@ -8,7 +8,16 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import decline
 
-__all__ = ["CHIPS", "NAME", "check_device", "check_version", "matrix", "parameters"]
+__all__ = [
+    "CHIPS",
+    "NAME",
+    "check_device",
+    "check_version",
+    "hidden_zero",
+    "matrix",
+    "parameters",
+    "slot_of",
+]
 
 NAME = "mosaic_gpu"
 CHIPS = ("H100", "H200", "H20", "H800", "GH200")
@@ -36,6 +45,20 @@ def matrix(dtype, *shape):
     width = min(shape[-1], 128 // size)
     transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * size))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def slot_of(i, slots: int):
+    """The slot of step i."""
+    return jax.lax.rem(i, jnp.array(slots, i.dtype))
+
+
+def hidden_zero(own, i):
+    """0 by the number of a block or warpgroup and of a step, which the compiler cannot know.
+
+    As an index it keeps the compiler from holding the addresses of all operands in registers from
+    step to step, and from spilling. The sum of 2^14 `own` and i is below 2^28.
+    """
+    return jax.lax.shift_right_logical((own << 14) + i, 28)
 
 
 def parameters(barriers: bool = False):

@@ -26,9 +26,8 @@ from pallas_kernels.attention.mosaic_gpu_tiles import (
     SLOTS,
     along,
     last_freed,
-    slot_of,
 )
-from pallas_kernels.hopper import matrix, parameters
+from pallas_kernels.hopper import hidden_zero, matrix, parameters, slot_of
 
 # Rows of `stats`; the last two hold one number each.
 LSE, DELTA, FIRST, END, LAST_FIRST, FIRST_END = range(6)
@@ -180,7 +179,7 @@ class _Walk(NamedTuple):
 
         @pl.loop(0, steps)
         def _(i):
-            slot = slot_of(i)
+            slot = slot_of(i, SLOTS)
             head, tile = self.tiles.place(i)
             rows, full = pl.ds(tile * R, R), barriers.q.at[slot]
             pl.when(i >= SLOTS)(lambda: plgpu.barrier_wait(barriers.q_free.at[slot]))
@@ -233,13 +232,11 @@ class _Walk(NamedTuple):
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
         x, barriers, own = self.shared, self.barriers, self.own
-        slot = slot_of(i)
-        # It is 0, which the compiler cannot know: it would keep the addresses of all operands in
-        # registers from tile to tile, and spill.
-        only = jax.lax.shift_right_logical((self.w << 14) + i, 28)
+        slot = slot_of(i, SLOTS)
+        only = hidden_zero(self.w, i)
         k, v = x.k.at[only], x.v.at[only]
         q, do, stats = (a.at[slot] for a in (x.q, x.do, x.stats))
-        ds_s = x.ds.at[jax.lax.rem(i, jnp.array(2, i.dtype))]
+        ds_s = x.ds.at[slot_of(i, 2)]
         plgpu.barrier_wait(barriers.q.at[slot])
         plgpu.wgmma(s_acc, k.at[own], q.T)
         plgpu.barrier_wait(barriers.do.at[slot])

@@ -27,9 +27,8 @@ from pallas_kernels.attention.mosaic_gpu_tiles import (
     last_freed,
     per_row,
     seen,
-    slot_of,
 )
-from pallas_kernels.hopper import matrix, parameters
+from pallas_kernels.hopper import matrix, parameters, slot_of
 
 
 def forward(scale, q, k, v, rows, tiles):
@@ -120,7 +119,7 @@ def _fetch(k, v, shared, barriers, first, opened, closed, end):
 
     @pl.loop(0, end - first)
     def _(j):
-        slot = slot_of(j)
+        slot = slot_of(j, SLOTS)
         keys = pl.ds((first + j) * KEYS, KEYS)
         for source, target, full, free in (
             (k, shared.k, barriers.k, barriers.k_free),
@@ -185,7 +184,7 @@ class _Walk(NamedTuple):
 
         acc, top, total = carry
         at = j - self.first
-        slot = slot_of(at)
+        slot = slot_of(at, SLOTS)
 
         def scores(s):
             plgpu.wgmma(s, self.q, self.shared.k.at[slot].T)
@@ -195,7 +194,7 @@ class _Walk(NamedTuple):
         s = pl.run_scoped(scores, plgpu.ACC((ROWS, KEYS), jnp.float32))
         plgpu.barrier_arrive(self.barriers.k_free.at[slot])
         if bounds is not None:
-            s = jnp.where(seen(columns(s.shape, j * KEYS), bounds, s.shape, 0), s, -jnp.inf)
+            s = jnp.where(seen(columns(s.shape, j * KEYS), bounds, s.shape), s, -jnp.inf)
         higher = jnp.maximum(top, s.max(axis=1) * self.factor)
         shrink = jnp.exp2(top - higher)
         p = jnp.exp2(s * self.factor - along(higher, s.shape, 0))
@@ -211,7 +210,7 @@ class _Walk(NamedTuple):
         def values(acc):
             plgpu.wgmma(acc, p, self.shared.v.at[slot])
             more = j + 1 < self.end
-            pl.when(more)(lambda: plgpu.barrier_wait(self.barriers.k.at[slot_of(at + 1)]))
+            pl.when(more)(lambda: plgpu.barrier_wait(self.barriers.k.at[slot_of(at + 1, SLOTS)]))
 
         acc = pl.run_state(values)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(self.barriers.v_free.at[slot])

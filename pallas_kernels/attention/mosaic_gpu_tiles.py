@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.hopper import slot_of
+
 ROWS = 64  # of a warpgroup's products
 SLOTS = 2  # what is fetched ahead: blocks of keys forward, tiles of queries backward
 QUERIES = 128  # of a block, forward
@@ -32,15 +34,10 @@ def columns(shape, start):
     return start + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
 
 
-def seen(keys, bounds, shape, axis: int):
-    """Where `keys` lie in [first, end) of the queries, which lie along `axis` of the product."""
-    first, end = (along(x, shape, axis) for x in bounds)
+def seen(keys, bounds, shape):
+    """Where `keys` lie in [first, end) of the queries, which are the rows of the product."""
+    first, end = (along(x, shape, 0) for x in bounds)
     return (keys >= first) & (keys < end)
-
-
-def slot_of(i):
-    """The slot of step i."""
-    return jax.lax.rem(i, jnp.array(SLOTS, i.dtype))
 
 
 def last_freed(steps, *free):
@@ -51,4 +48,4 @@ def last_freed(steps, *free):
     @pl.loop(jnp.maximum(steps - SLOTS, 0), steps)
     def _(i):
         for barrier in free:
-            plgpu.barrier_wait(barrier.at[slot_of(i)])
+            plgpu.barrier_wait(barrier.at[slot_of(i, SLOTS)])

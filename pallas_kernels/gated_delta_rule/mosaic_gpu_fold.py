@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import TILE, add_products
-from pallas_kernels.hopper import matrix, parameters
+from pallas_kernels.hopper import matrix, parameters, slot_of
 
 SLOTS = 2
 
@@ -40,7 +40,7 @@ def fold(added, factors, count, skip, dtype, backward):
 
         def step(i, state):
             n = count - 2 - i if backward else i + 1
-            slot = jax.lax.rem(i, jnp.array(SLOTS, i.dtype))
+            slot = slot_of(i, SLOTS)
             factor = read(factors, skip + (n if backward else i))
             for half, half_s in zip(_halves(factor, dtype), (high_s, low_s), strict=True):
                 half_s[slot, own] = half

@@ -37,7 +37,7 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     load_row,
     products,
 )
-from pallas_kernels.hopper import matrix, parameters
+from pallas_kernels.hopper import hidden_zero, matrix, parameters, slot_of
 
 # The sums: rowsum(E) + rowsum(Q * dQ1) + rowsum(K * dK2), colsum(E), rowsum(K * dK1), dbeta, all
 # by rows of the chunk, and <S, dS+> by rows of S.
@@ -120,10 +120,8 @@ def _chunk(scale, block, z, i, chunks, w, W):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     early, needed, rest, met, turn = block.barriers
-    slot = jax.lax.rem(i, jnp.array(SLOTS, i.dtype))
-    # It is 0, which the compiler cannot know: it would keep the addresses of all operands in
-    # registers from chunk to chunk, and spill.
-    only = jax.lax.shift_right_logical((block.r << 14) + i, 28)
+    slot = slot_of(i, SLOTS)
+    only = hidden_zero(block.r, i)
     late = (s.at[only] for s in (*block.late, *block.computed))
     x = _Chunk(*(s.at[slot] for s in block.early), *late, _own(w), w)
 

@@ -34,7 +34,7 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     load_column,
     products,
 )
-from pallas_kernels.hopper import matrix, parameters
+from pallas_kernels.hopper import matrix, parameters, slot_of
 
 SLOTS = 2
 
@@ -171,7 +171,7 @@ class _Walk(NamedTuple):
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        z, slot = self.first + i, jax.lax.rem(i, jnp.array(SLOTS, i.dtype))
+        z, slot = self.first + i, slot_of(i, SLOTS)
         plgpu.barrier_wait(self.full.at[slot])
         kq_i, v_i, t_i, gate_i = (x.at[slot] for x in self.shared)
         (p_s, o_s, *state_s), (o, *states) = self.own, self.results

@@ -26,7 +26,7 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     load_column,
     products,
 )
-from pallas_kernels.hopper import matrix, parameters
+from pallas_kernels.hopper import matrix, parameters, slot_of
 
 SLOTS = 3
 APPLY = 1  # what a map costs, in chunks of the recurrence
@@ -184,7 +184,7 @@ class _Walk(NamedTuple):
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        slot = jax.lax.rem(i, jnp.array(SLOTS, i.dtype))
+        slot = slot_of(i, SLOTS)
         plgpu.barrier_wait(self.full.at[slot])
         k_i, v_i, t_i, gate_i = (x.at[slot] for x in self.shared)
         dtype = k_i.dtype

@@ -35,7 +35,7 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
     products,
     zeros,
 )
-from pallas_kernels.hopper import matrix, parameters
+from pallas_kernels.hopper import matrix, parameters, slot_of
 
 SLOTS = 2
 
@@ -152,7 +152,7 @@ class _Walk(NamedTuple):
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        z, slot, ahead = self.stop - 1 - n, jax.lax.rem(n, SLOTS), jax.lax.rem(n + 1, SLOTS)
+        z, slot, ahead = self.stop - 1 - n, slot_of(n, SLOTS), slot_of(n + 1, SLOTS)
         q_s, k_s, do_s, t_s, gates_s = self.shared
         gate, do_t = gates_s.at[slot], do_s.at[slot, :, self.values].T
         a, dtype = load_column(gate.at[READ]), q_s.dtype
