@@ -155,7 +155,7 @@ def implementations(text: str) -> dict[str, list[str]]:
     return {op: sorted(name for o, name in found if o == op) for op, _ in sorted(found)}
 
 
-def fill(layout: Layout, subject: Subject) -> TrainState:
+def draw_state(layout: Layout, subject: Subject) -> TrainState:
     """Random weights and empty moments."""
     cfg = layout.programs.run
     _, params = init_params(
@@ -223,7 +223,7 @@ def run(cfg: RunConfig, case: Case) -> dict[str, Any]:
         compiled, found = compile_case(layout)
         row |= found
         with jax.set_mesh(layout.mesh):
-            state = fill(layout, subject)
+            state = draw_state(layout, subject)
             batch = make_batch(cfg, case, subject.model.vocab_size, layout)
             row |= time_steps(lambda state: compiled(state, {}, batch), state, case)
     except jax.errors.JaxRuntimeError as error:
