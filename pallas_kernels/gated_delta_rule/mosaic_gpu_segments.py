@@ -6,10 +6,15 @@ both for all segments at once, without outputs; `fold` applies the maps one afte
 
 Backward a segment is the map dS -> M^T dS + D, with the same M; D is the sweep from 0.
 
+Where gates decay fast, a segment's end feels only its last chunks, and its start only the gradients
+of its first ones: with beta |k|^2 <= 2 no step makes a state longer, so what is FORGOTTEN after its
+decay is nothing in fp32. `reach` counts the chunks that are not; the others are not walked over.
+
     B batch   Z chunks   C rows of a chunk   K key heads   R value heads   H = E dims
     N segments of L chunks   W warpgroups of rows, H / 64
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +35,7 @@ from pallas_kernels.hopper import matrix, parameters, slot_of
 
 SLOTS = 3
 APPLY = 1  # what a map costs, in chunks of the recurrence
+FORGOTTEN = 2.0**-64
 
 
 def count_segments(heads: int, chunks: int, dim: int) -> int:
@@ -67,7 +73,8 @@ def segment_starts(k, v, gates, t_inv, start, segments):
     """
     if segments == 1:
         return start[None]
-    maps = _maps(k, v, gates, t_inv, start, segments, range(2 * segments - 3))
+    felt = reach(gates[..., KEEP, 0], segments)
+    maps = _maps(k, v, gates, t_inv, start, felt, segments, range(2 * segments - 3))
     if segments > 2:
         maps = fold(maps, maps, segments - 1, segments - 1, k.dtype, backward=False)
     return jnp.concatenate([start[None], maps])
@@ -80,16 +87,34 @@ def segment_ends(scale, q, k, do, gates, t_inv, end, segments):
     N, length = segments, -(-gates.shape[0] // segments)
     none = jnp.zeros((N - 2, *end.shape), end.dtype)
     behind = jnp.concatenate([none, end[None]])
-    (added,) = sweep(scale, q, k, do, gates, t_inv, behind, length, every_chunk=False)
+    felt = reach(gates[..., KEEP, 0], N, backward=True)[1:]
+    (added,) = sweep(scale, q, k, do, gates, t_inv, behind, length, felt)
     if N > 2:  # M does not depend on v
-        factors = _maps(k, do, gates, t_inv, end, N, range(N - 1, 2 * N - 3))
+        felt = reach(gates[..., KEEP, 0], N)
+        factors = _maps(k, do, gates, t_inv, end, felt, N, range(N - 1, 2 * N - 3))
         added = fold(added, factors, N - 1, 0, k.dtype, backward=True)
     return jnp.concatenate([added, end[None]])
 
 
-def _maps(k, v, gates, t_inv, start, N, which):
+def reach(keep, segments, backward=False):
+    """Return how many of a segment's last chunks its end feels [N,B,R], of its first ones `backward`.
+
+    keep [Z,B,R] is what is left of a state behind each chunk. It is one more than a segment has
+    chunks where what comes from beyond its other end is felt too.
+    """
+    length = -(-keep.shape[0] // segments)
+    rest = segments * length - keep.shape[0]  # chunks that the last segment lacks
+    keep = jnp.pad(keep, ((0, rest), (0, 0), (0, 0)), constant_values=1.0)
+    logs = jnp.log(keep).reshape(segments, length, *keep.shape[1:])
+    i, j = jnp.arange(length + 1)[:, None], jnp.arange(length)
+    passed = j < i if backward else j >= i
+    left = jnp.sum(jnp.where(passed[:, :, None, None], logs[:, None], 0.0), 2)
+    return jnp.sum(left >= math.log(FORGOTTEN), 1, dtype=jnp.int32)
+
+
+def _maps(k, v, gates, t_inv, start, felt, N, which):
     """[len(which),B,R,H,H] fp32, of these: F^T of segments 0 ... N-2, the first from `start`, and
-    M^T of segments 1 ... N-2."""
+    M^T of segments 1 ... N-2. `felt` [N,B,R] is their `reach`."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -99,18 +124,23 @@ def _maps(k, v, gates, t_inv, start, N, which):
     dtype = k.dtype
 
     def body(*refs):
-        sources, (start, maps, shared, barriers) = refs[:4], refs[4:]
+        sources, (start, felt, maps, shared, barriers) = refs[:4], refs[4:]
         b, r, n, w = (jax.lax.axis_index(x) for x in ("batch", "head", "map", "rows"))
         m, own = n + which.start, pl.ds(w * TILE, TILE)
         is_factor = m >= N - 1
-        first = jnp.where(is_factor, m - (N - 2), m) * L
+        segment = jnp.where(is_factor, m - (N - 2), m)
+        chunks = felt[segment, b, r]
+        whole = chunks > L
+        chunks = jnp.minimum(jnp.where(is_factor & jnp.logical_not(whole), 0, chunks), L)
         place = b, r, jax.lax.div(r, jnp.int32(R // K)), w, own
-        walk = _Walk(sources, shared, *barriers, *place, first, L, is_factor)
+        walk = _Walk(
+            sources, shared, *barriers, *place, (segment + 1) * L - chunks, chunks, is_factor
+        )
         walk.begin()
         given = plgpu.load(start.at[b, r, own], layout=plgpu.Layout.WGMMA, optimized=False)
-        given = jnp.where(m == 0, given, 0.0)
-        state = jnp.where(is_factor, _identity(w, H), given)
-        maps[n, b, r, own] = jax.lax.fori_loop(0, L, walk.chunk, state)
+        given = jnp.where(whole & (m == 0), given, 0.0)
+        state = jnp.where(whole & is_factor, _identity(w, H), given)
+        maps[n, b, r, own] = jax.lax.fori_loop(0, chunks, walk.chunk, state)
 
     kernel = plgpu.kernel(
         body,
@@ -132,7 +162,7 @@ def _maps(k, v, gates, t_inv, start, N, which):
         compiler_params=parameters(),
         kernel_name="gdn_segment_maps",
     )
-    return kernel(k, v, t_inv, gates, start)
+    return kernel(k, v, t_inv, gates, start, felt)
 
 
 def _identity(w, H):
@@ -159,7 +189,7 @@ class _Walk(NamedTuple):
     w: Any
     own: Any
     first: Any
-    chunks: int
+    chunks: Any
     is_factor: Any
 
     def fetch(self, z, slot):
@@ -175,9 +205,10 @@ class _Walk(NamedTuple):
     def begin(self):
         from jax.experimental import pallas as pl
 
-        @pl.when(self.w == 0)
-        def _():
-            for slot in range(min(SLOTS, self.chunks)):
+        for slot in range(SLOTS):
+
+            @pl.when((self.w == 0) & (slot < self.chunks))
+            def _(slot=slot):
                 self.fetch(self.first + slot, slot)
 
     def chunk(self, i, state):

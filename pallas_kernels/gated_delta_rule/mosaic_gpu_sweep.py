@@ -40,13 +40,14 @@ from pallas_kernels.hopper import matrix, parameters, slot_of
 SLOTS = 2
 
 
-def sweep(scale, q, k, do, gates, t_inv, ends, length, every_chunk=True):
+def sweep(scale, q, k, do, gates, t_inv, ends, length, felt=None):
     """Return dS^T at the segments' starts [N,B,R,E,H], dS+^T of every chunk [Z,B,R,E,H] and dR~.
 
     q, k [B,Z*C,K,H] and do [B,Z*C,R,E] are whole chunks, gates [Z,B,R,6,C] fp32, t_inv
     [Z,B,R,C,C]. `ends` [N,B,R,E,H] is dS^T behind the last N segments of `length` chunks, of which
     the last one may be shorter; earlier ones are left out. dR~ [Z,B,R,C,E] and dS+^T have q's
-    dtype, the others are fp32. Without `every_chunk` only the first is computed and returned.
+    dtype, the others are fp32. With `felt` [N,B,R], the chunks that each segment's start feels
+    (`reach`), the others are left out and only the first result is computed and returned.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -56,18 +57,25 @@ def sweep(scale, q, k, do, gates, t_inv, ends, length, every_chunk=True):
     W, groups, dtype = E // TILE, R // q.shape[2], q.dtype
     N = ends.shape[0]
     skipped = -(-Z // length) - N
+    every_chunk = felt is None
 
     def body(*refs):
-        sources, (ends, starts, *results, shared, own, barriers) = refs[:5], refs[5:]
+        sources, (ends, *rest) = refs[:5], refs[5:]
+        felt = None if every_chunk else rest.pop(0)
+        starts, *results, shared, own, barriers = rest
         b, r, m, w = (jax.lax.axis_index(x) for x in ("batch", "head", "segment", "values"))
         first = (m + skipped) * length
         stop = jnp.minimum(first + length, Z)
+        if not every_chunk:
+            stop = jnp.minimum(first + felt[m, b, r], stop)
         own, values = [x.at[w] for x in own], pl.ds(w * TILE, TILE)
         place = b, r, jax.lax.div(r, jnp.int32(groups)), w, values
         walk = _Walk(scale, sources, results, shared, own, *barriers, *place, stop, stop - first)
         walk.begin()
         layout = plgpu.Layout.WGMMA
         end = plgpu.load(ends.at[m, b, r, values], layout=layout, optimized=False)
+        if not every_chunk:
+            end = jnp.where(felt[m, b, r] > length, end, 0.0)
         starts[m, b, r, values] = jax.lax.fori_loop(0, stop - first, walk.chunk, end)
         plgpu.wait_smem_to_gmem(0)
 
@@ -94,7 +102,7 @@ def sweep(scale, q, k, do, gates, t_inv, ends, length, every_chunk=True):
         thread_name="values",
         kernel_name="gdn_sweep" if every_chunk else "gdn_segment_sweep",
         compiler_params=parameters(),
-    )(q, k, do, t_inv, gates, ends)
+    )(q, k, do, t_inv, gates, ends, *([] if every_chunk else [felt]))
 
 
 class _Walk(NamedTuple):

@@ -13,7 +13,14 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from pallas_kernels import GatedDeltaConfig, gated_delta_rule, hopper
 from pallas_kernels.gated_delta_rule import api, mosaic_gpu, reference, xla
 from pallas_kernels.gated_delta_rule.mosaic_gpu_fold import fold
-from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import count_segments, count_sweeps
+from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import gate_rows
+from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import (
+    count_segments,
+    count_sweeps,
+    reach,
+    segment_ends,
+    segment_starts,
+)
 from tests.helpers import assert_close
 from tests.kernels import h100
 from tests.kernels.mosaic_interpreter import interpreted
@@ -44,6 +51,7 @@ CASES = {
     "wide": Case(T=128, H=128, documents=True),
     "strong_decay": Case(T=100, decay=40.0),
     "segments": Case(T=300, documents=True, segments=3),
+    "forgetting_segments": Case(T=576, decay=1.0, segments=3),  # e^-32 a chunk
 }
 
 
@@ -119,6 +127,35 @@ def test_maps_are_applied_without_rounding_them(backward, capsys):
         got = fold(*map(jnp.asarray, (added, factors)), 4, 2, jnp.bfloat16, backward)
     assert "RACE DETECTED" not in capsys.readouterr().out
     assert_close("folded", want, np.float64(got), 1e-5)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_segment_reaches_as_far_as_its_decay(backward):
+    """Two segments of four chunks and one of three, against the sums written out."""
+    rng = np.random.default_rng(0)
+    logs = -rng.uniform(0, 40, (11, 2, 3))
+    logs[[3, 4, 9], 0, 0] = -np.inf  # a document ends
+    logs[:, 1, 1] = 0.0
+    got = reach(jnp.exp(jnp.float32(logs)), 3, backward)
+    whole = np.concatenate([logs, np.zeros((1, 2, 3))]).reshape(3, 4, 2, 3)
+    beyond = [whole[:, :i] if backward else whole[:, i:] for i in range(5)]
+    want = sum(np.sum(x, 1) >= -64 * np.log(2) for x in beyond)
+    np.testing.assert_array_equal(got, want)
+    assert set(want.ravel()) >= {1, 2, 4, 5}
+
+
+@NEWEST
+def test_what_a_segment_forgets_is_not_read(monkeypatch):
+    """Values that are no numbers, and gradients of such outputs, where nothing of them is left."""
+    arrays = draw(Case(T=576, decay=1.0))
+    q, k, v, g, beta, state = map(jnp.asarray, arrays.values())
+    gates = gate_rows(64, g, beta, None)
+    with interpreted():
+        t_inv = mosaic_gpu.prepare(k, gates)
+        early, late = v.at[:, :64].set(jnp.nan), v.at[:, 320:384].set(jnp.nan)
+        starts = segment_starts(k, early, gates, t_inv, state, 3)
+        ends = segment_ends(1.0, q, k, late, gates, t_inv, state, 3)
+    assert np.isfinite(starts).all() and np.isfinite(ends).all()
 
 
 @NEWEST

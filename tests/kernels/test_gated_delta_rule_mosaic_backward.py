@@ -37,10 +37,12 @@ CASES = {
     "segments": GatedDeltaArgs(
         shape=(1, 300, 1, 1, 64, 64), documents=((1, 280), (2, 20)), gate=(0.0, -0.1)
     ),
+    "forgetting_segments": GatedDeltaArgs(shape=(1, 576, 1, 1, 64, 64), gate=(-0.1, -1.0)),
     "wide": GatedDeltaArgs(shape=(1, 190, 1, 1, 128, 128), keys="correlated"),
     "wide_documents": GatedDeltaArgs(shape=(1, 130, 1, 2, 128, 128), documents=DOCUMENTS),
 }
-SEGMENTS = {"segments": 3}  # of 2, 2 and 1 chunks, a document over both borders
+# Of 2, 2 and 1 chunks, a document over both borders; of 3, of which 2 are felt.
+SEGMENTS = {"segments": 3, "forgetting_segments": 3}
 BLOCK = {"wide": 3, "wide_documents": 2}  # chunks of a block, of three
 HARD = {
     "wide_slow": GatedDeltaArgs(shape=(1, 128, 1, 1, 128, 128), gate=(-5e-4, -1e-3, -2e-3)),
