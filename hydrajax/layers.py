@@ -75,6 +75,27 @@ def project(equation: str, x: Array, w: nnx.Param, b: nnx.Param | None = None) -
     return y if b is None else y + b[...].astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def to_float32(equation: str, x: Array, w: Array) -> Array:
+    """einsum with a result in fp32, whose gradient meets the operands in their own dtype.
+
+    Products of an fp32 gradient and a bf16 operand would be in fp32: a quarter of the rate on GPUs.
+    """
+    return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+
+
+def _keep_operands(equation: str, x: Array, w: Array):
+    return to_float32(equation, x, w), (x, w)
+
+
+def _narrow_gradients(equation: str, operands: tuple[Array, Array], dy: Array):
+    _, pull = jax.vjp(functools.partial(jnp.einsum, equation), *operands)
+    return pull(dy.astype(operands[0].dtype))
+
+
+to_float32.defvjp(_keep_operands, _narrow_gradients)
+
+
 def in_pieces(
     fn: Callable[[Any, Array], Array], weights: Any, x: Float[Array, "B T D"], most: int
 ) -> Float[Array, "B T D"]:
@@ -162,8 +183,7 @@ class Embedding(nnx.Module):
     @staticmethod
     def logits(w: Float[Array, "V D"], x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits of tied embeddings, fp32."""
-        w = w.astype(x.dtype)
-        return jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
+        return to_float32("...d,vd->...v", x, w.astype(x.dtype))
 
 
 class Unembedding(nnx.Module):
@@ -173,8 +193,7 @@ class Unembedding(nnx.Module):
     @staticmethod
     def logits(w: Float[Array, "D V"], x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits of words of their own, fp32."""
-        w = w.astype(x.dtype)
-        return jnp.einsum("...d,dv->...v", x, w, preferred_element_type=jnp.float32)
+        return to_float32("...d,dv->...v", x, w.astype(x.dtype))
 
 
 def take_heads(x: Float[Array, "B T N H"], heads: tuple[int, ...]) -> Float[Array, "B T M H"]:

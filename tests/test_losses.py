@@ -1,5 +1,6 @@
 """Losses: chunked sums against float64 numpy, their gradients, and which tokens count."""
 
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from helpers import assert_close
 from jax.sharding import NamedSharding
 
 from hydrajax.config import MeshConfig
+from hydrajax.layers import Embedding, Unembedding
 from hydrajax.losses import (
     alignment,
     best_words,
@@ -49,6 +51,27 @@ def with_gradients(loss):
     """((sum, count), gradients by x and w), compiled."""
     run = jax.value_and_grad(lambda x, w: loss(x, w), argnums=(0, 1), has_aux=True)
     return jax.jit(run)(X, W)
+
+
+@pytest.mark.parametrize("layer", [Embedding, Unembedding])
+def test_logits_are_fp32_and_their_gradients_products_of_narrow_operands(layer):
+    x, words = jnp.bfloat16(X), W.T if layer is Embedding else W
+    cotangent = RNG.standard_normal((B, T, V)).astype(np.float32)
+
+    def loss(x, w):
+        logits = layer.logits(w, x)
+        assert logits.dtype == jnp.float32
+        return jnp.sum(logits * cotangent)
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1))
+    wide = re.findall(r"f32\[\S+ = dot_general\[", str(jax.make_jaxpr(gradient)(x, words)))
+    assert len(wide) == 1  # the logits
+    total, (dx, dw) = gradient(x, words)
+    exact, w = np.float64(x), np.float64(jnp.bfloat16(W))
+    assert_close("logits", np.sum(exact @ w * cotangent), total, 1e-5)
+    assert_close("dx", cotangent @ w.T, np.float64(dx), 1e-2)
+    want = np.einsum("btd,btv->dv", exact, cotangent)
+    assert_close("dw", want.T if layer is Embedding else want, dw, 1e-2)
 
 
 # 1 and 12 tokens of all rows are less than one position and a third of the positions.
