@@ -21,7 +21,6 @@ from hydrajax.layers import (
     apply_rope,
     constant,
     project,
-    rms_norm,
     take_heads,
     weight,
 )
@@ -179,8 +178,9 @@ class LinearHeads(nnx.Module):
 
     def gates(self, x: Array, is_token: Array | None) -> tuple[Array, Array]:
         """Log decay g <= 0 and write strength beta, [B, T, R] fp32; both 0 on padding."""
-        # Redone in the backward pass: else it would keep a copy of x in fp32.
-        a, b = jax.checkpoint(_small_projections)(x, self.w_a[...], self.w_b[...])
+        # Stacked, not joined: each device has the columns of its own heads.
+        w_DnR = jnp.stack([self.w_a[...], self.w_b[...]], axis=1)
+        a, b = jnp.moveaxis(wide_product(x, w_DnR), 2, 0)
         g = -jnp.exp(self.a_log[...]) * jax.nn.softplus(a + self.dt_bias[...])
         beta = jax.nn.sigmoid(b + self.beta_bias[...]) * (2.0 if self.hydra.neg_eigval else 1.0)
         if is_token is not None:
@@ -200,12 +200,20 @@ class LinearHeads(nnx.Module):
         q, k, v = raw
         if not self.has_conv and self.hydra.la_qkv_act == "silu":
             q, k, v = jax.nn.silu(q), jax.nn.silu(k), jax.nn.silu(v)
-        if self.q_norm is not None:
-            q = rms_norm(q, self.q_norm[...], self.eps)
-            k = rms_norm(k, self.k_norm[...], self.eps)
-        q = l2_normalise(apply_rope(q, seq, self.rope_dims))
-        k = l2_normalise(apply_rope(k, seq, self.rope_dims))
+        q, k = self._unit(q, self.q_norm, seq), self._unit(k, self.k_norm, seq)
         return constrain(q, "batch", "tokens", "la_heads", None), k, v
+
+    def _unit(self, x: Array, scale: nnx.Param | None, seq: Sequence) -> Array:
+        """x of unit length after the norm, rotated, rounded once: as rope keeps lengths, both sums over a
+        head are of x, and the rest is one pass."""
+        x32 = x.astype(jnp.float32)
+        factor = jnp.float32(1.0)
+        if scale is not None:
+            factor = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+            x32 = x32 * scale[...]
+        squares = factor * factor * jnp.sum(x32 * x32, axis=-1, keepdims=True)
+        unit = x32 * (factor * jax.lax.rsqrt(squares + L2_EPS))
+        return apply_rope(unit, seq, self.rope_dims).astype(x.dtype)
 
     def _rule(self, q, k, v, g, beta, **optional) -> tuple[Array, Array]:
         rule = functools.partial(
@@ -260,22 +268,41 @@ class LinearHeads(nnx.Module):
         return q.reshape(*rows, r, h), k.reshape(*rows, kv, h), v.reshape(*rows, kv, h)
 
 
-def _small_projections(x: Array, *weights: Array) -> list[Array]:
-    """x times each [D, R], in fp32."""
-    x32 = x.astype(jnp.float32)
-    return [jnp.einsum("btd,dr->btr", x32, w) for w in weights]
+@jax.custom_vjp
+def wide_product(x: Float[Array, "B T D"], w: Float[Array, "D n R"]) -> Float[Array, "B T n R"]:
+    """x w in fp32 for a narrow x and fp32 weights.
+
+    Weights, and the gradients that their own are made of, are sums of two in the dtype of x: 16
+    bits of them are multiplied where x is bf16. An fp32 product would first write x in fp32.
+    """
+    return _sum_of_halves("btd,dnr->btnr", x, w)
+
+
+def _sum_of_halves(equation: str, x: Array, y: Array) -> Array:
+    """einsum of x and both halves of y, which its second axis from the end counts."""
+    if x.dtype == y.dtype:
+        return jnp.einsum(equation, x, y)
+    high = y.astype(x.dtype)
+    halves = jnp.concatenate([high, (y - high.astype(y.dtype)).astype(x.dtype)], axis=-2)
+    parts = jnp.einsum(equation, x, halves, preferred_element_type=jnp.float32)
+    return sum(jnp.split(parts, 2, axis=-2))
+
+
+def _keep_factors(x: Array, w: Array):
+    return wide_product(x, w), (x, w)
+
+
+def _product_gradients(factors: tuple[Array, Array], dy: Array):
+    x, w = factors
+    dx = jnp.einsum("btnr,dnr->btd", dy.astype(x.dtype), w.astype(x.dtype))
+    return dx, _sum_of_halves("btd,btnr->dnr", x, dy)
+
+
+wide_product.defvjp(_keep_factors, _product_gradients)
 
 
 def _channels(x: Float[Array, "... N H"]) -> Float[Array, "... Ch"]:
     return x.reshape(*x.shape[:-2], -1)
-
-
-def l2_normalise(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-    """x / sqrt(sum x^2 + 1e-6), in fp32, result in the dtype of x."""
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, axis=-1, keepdims=True) + L2_EPS)).astype(
-        x.dtype
-    )
 
 
 def _is_token(seq: Sequence) -> Array | None:
