@@ -97,8 +97,20 @@ def jit_train_step(programs: Programs, places: TrainState):
     Shardings are pinned: were the compiler free to choose, the second step would compile again.
     """
     return jax.jit(
-        make_train_step(programs), donate_argnames=("state",), out_shardings=(places, None)
+        make_train_step(programs),
+        donate_argnames=("state",),
+        out_shardings=(places, None),
+        compiler_options=_options(programs, places),
     )
+
+
+def _options(programs: Programs, places: TrainState) -> dict[str, bool]:
+    """Where moments come from host memory, XLA's scheduler for GPUs that hides what copies take
+    begins the layers of a backward pass early, all of them at once, and memory does not suffice."""
+    gpu = all(device.platform == "gpu" for device in places.step.device_set)
+    if gpu and programs.run.optim.offload:
+        return {"xla_gpu_enable_latency_hiding_scheduler": False}
+    return {}
 
 
 def make_eval_step(programs: Programs):
