@@ -25,7 +25,7 @@ from pallas_kernels.attention import bench as attention
 from pallas_kernels.gated_delta_rule import bench as gated_delta_rule
 from pallas_kernels.timing import Clock
 
-__all__ = ["git", "main", "versions", "write"]
+__all__ = ["git", "main", "make_meta", "shapes_of", "versions", "write"]
 
 OPS = {"attention": attention, "gated_delta_rule": gated_delta_rule}
 INTEGERS = ("dim", "repeats", "twin", "decode", "groups", "document", "seed")
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> dict:
     options, args = _parse(arguments)
     clock = Clock(args.limit)
     op = OPS[args.op]
-    meta = _meta(arguments, options.seed) | op.WORDS
+    meta = make_meta("bench", arguments) | {"seeds": {"inputs": options.seed}} | op.WORDS
     kept, before = _earlier(args.out, meta) if args.add else ([], [])
     found = []
     for row in op.rows(options, clock):
@@ -93,7 +93,7 @@ def _parse(arguments):
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench")
     parser.add_argument("--op", choices=sorted(OPS), required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shapes", type=_shapes, help="BxTxR,...")
+    parser.add_argument("--shapes", type=shapes_of, help="BxTxR,...")
     parser.add_argument("--implementations", type=lambda x: tuple(x.split(",")))
     parser.add_argument("--parts", type=lambda x: tuple(x.split(",")))
     parser.add_argument("--add", action="store_true")
@@ -113,23 +113,24 @@ def _parse(arguments):
         parser.error(str(error))
 
 
-def _shapes(text: str) -> tuple[tuple[int, ...], ...]:
+def shapes_of(text: str) -> tuple[tuple[int, ...], ...]:
+    """BxTxR,... of the command line."""
     shapes = tuple(tuple(map(int, part.split("x"))) for part in text.split(","))
     if any(len(shape) != 3 or min(shape) < 1 for shape in shapes):
         raise argparse.ArgumentTypeError(f"expected BxTxR with positive numbers, got {text}")
     return shapes
 
 
-def _meta(arguments: list[str], seed: int) -> dict:
+def make_meta(module: str, arguments: list[str]) -> dict:
+    """Where figures come from."""
     devices = jax.devices()
-    command = ["python", "-m", "pallas_kernels.bench", *arguments]
+    command = ["python", "-m", f"pallas_kernels.{module}", *arguments]
     return {
         "command": " ".join(command),
         "commit": git("rev-parse", "--short", "HEAD"),
         "versions": versions(PACKAGES),
         "device": f"{len(devices)} x {devices[0].device_kind}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seeds": {"inputs": seed},
         "environment": {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
     }
 

@@ -44,13 +44,18 @@ class GatedDeltaConfig:
     """How the sequence is cut; results do not depend on it beyond rounding.
 
     chunk: rows of a chunk; None is 128 where the mesh in use is of TPUs, else 64.
+    segments: parts of a sequence that run at the same time in the forward and in the backward of
+        `mosaic_gpu`; None is what was tuned for the device, or a model's choice.
     """
 
     chunk: int | None = None
+    segments: tuple[int, int] | None = None
 
     def __post_init__(self):
         if self.chunk is not None and (self.chunk < 1 or self.chunk & (self.chunk - 1)):
             raise ValueError(f"config.chunk: expected a power of two, got {self.chunk}")
+        if self.segments is not None and (len(self.segments) != 2 or min(self.segments) < 1):
+            raise ValueError(f"config.segments: expected two numbers from 1, got {self.segments}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +265,7 @@ def _params(q, v, scale, config) -> GatedDeltaParams:
     config = config or GatedDeltaConfig()
     if config.chunk is None:
         on_tpu = (dispatch.device_kind() or "").startswith("TPU")
-        config = GatedDeltaConfig(chunk=128 if on_tpu else 64)
+        config = dataclasses.replace(config, chunk=128 if on_tpu else 64)
     return GatedDeltaParams(
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         config=config,

@@ -16,7 +16,7 @@ from pallas_kernels.dispatch import decline
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import gate_rows, whole_chunks
 from pallas_kernels.gated_delta_rule.mosaic_gpu_prepare import prepare
 from pallas_kernels.gated_delta_rule.mosaic_gpu_recurrence import recurrence
-from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import count_segments, segment_starts
+from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import choose_segments, segment_starts
 
 CHUNK = 64
 HEAD_DIMS = (64, 128)
@@ -43,7 +43,8 @@ def forward(params, q, k, v, g, beta, runs, initial_state):
     gates = gate_rows(C, g, beta, runs)
     q, k, v = (whole_chunks(x, C) for x in (q, k, v))
     t_inv = prepare(k, gates)
-    segments = count_segments(q.shape[0] * v.shape[2], gates.shape[0], q.shape[3])
+    place = q.shape[0] * v.shape[2], gates.shape[0], q.shape[3]
+    segments = choose_segments("forward", params.config, *place)
     start = initial_state.swapaxes(-1, -2)
     starts = segment_starts(k, v, gates, t_inv, start, segments)
     o, state, states = recurrence(params.scale, q, k, v, gates, t_inv, starts, params.residuals)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import KEEP, gate_rows, whole_chunks
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gradients import gradients
-from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import count_sweeps, segment_ends
+from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import choose_segments, segment_ends
 from pallas_kernels.gated_delta_rule.mosaic_gpu_sweep import sweep
 
 
@@ -29,7 +29,7 @@ def backward(params, q, k, v, g, beta, runs, initial_state, t_inv, states, do, d
     gates = gate_rows(C, g, beta, runs)
     q_, k_, v_, do_ = (whole_chunks(x, C) for x in (q, k, v, do))
     swept = params.scale, q_, k_, do_, gates, t_inv
-    segments = count_sweeps(B * R, gates.shape[0], H)
+    segments = choose_segments("backward", params.config, B * R, gates.shape[0], H)
     ends = segment_ends(*swept, dstate.mT, segments)
     dstate_t, dstates, dr = sweep(*swept, ends, -(-gates.shape[0] // segments))
     dq, dk, dv, sums = gradients(params.scale, q_, k_, v_, do_, gates, t_inv, states, dstates, dr)

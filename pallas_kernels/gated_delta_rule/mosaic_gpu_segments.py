@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gated_delta_rule import tuned
 from pallas_kernels.gated_delta_rule.mosaic_gpu_fold import fold
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import BETA, KEEP, READ, WRITE
 from pallas_kernels.gated_delta_rule.mosaic_gpu_sweep import sweep
@@ -64,6 +65,18 @@ def _count(heads, chunks, dim, maps) -> int:
 
     n = min(range(1, max(1, min(blocks // heads, chunks)) + 1), key=chain)
     return -(-chunks // -(-chunks // n))  # equal lengths may need fewer
+
+
+MODEL = {"forward": count_segments, "backward": count_sweeps}
+
+
+def choose_segments(of: str, config, heads: int, chunks: int, dim: int) -> int:
+    """What the caller asks for, else what was measured best on the device, else the model's."""
+    if config.segments is not None:
+        asked = config.segments[tuned.PASSES.index(of)]
+    else:
+        asked = tuned.segments(of, heads, chunks, dim) or MODEL[of](heads, chunks, dim)
+    return -(-chunks // -(-chunks // min(asked, chunks)))
 
 
 def segment_starts(k, v, gates, t_inv, start, segments):

@@ -84,7 +84,7 @@ def test_interpreted(name, capsys, monkeypatch):
     # One block prepares all chunks, so that its warpgroups have several of them or none.
     monkeypatch.setattr(mosaic_gpu_prepare, "PROCESSORS", 1)
     if case.segments:
-        monkeypatch.setattr(mosaic_gpu, "count_segments", lambda *_: case.segments)
+        monkeypatch.setattr(mosaic_gpu, "choose_segments", lambda *_: case.segments)
     arrays = draw(case)
     with jax.enable_x64(True):
         exact = {n: x if n == "segment_ids" else np.float64(x) for n, x in arrays.items()}
@@ -190,7 +190,7 @@ def test_races_are_seen(capsys, monkeypatch):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_compiled_for_an_h100(dim, monkeypatch, capfd):
     """Nothing spills, all kernels fit, with and without residuals."""
-    monkeypatch.setattr(mosaic_gpu, "count_segments", lambda *_: 3)
+    monkeypatch.setattr(mosaic_gpu, "choose_segments", lambda *_: 3)
     arrays = draw(Case(T=500, R=2, H=dim))
     kernels = []
     for residuals in (False, True):

@@ -103,7 +103,7 @@ def gradients(name, dtype, of_xla=False):
         return dict(zip(NAMES, xla.backward(params, *operands), strict=True))
     with interpreted(), pytest.MonkeyPatch.context() as patch:
         count = SEGMENTS.get(name, 1)
-        patch.setattr(mosaic_gpu_backward, "count_sweeps", lambda *_: count)
+        patch.setattr(mosaic_gpu_backward, "choose_segments", lambda *_: count)
         patch.setattr(mosaic_gpu_gradients, "block_length", lambda *_: BLOCK.get(name, 1))
         results = mosaic_gpu_backward.backward(params, *operands)
     return dict(zip(NAMES, results, strict=True))
@@ -163,7 +163,7 @@ def test_races_are_seen(capsys, monkeypatch):
 @pytest.mark.parametrize("H", [64, 128])
 def test_compiles_for_hopper(H, monkeypatch, capfd):
     """No register is spilled and a block's shared memory suffices."""
-    monkeypatch.setattr(mosaic_gpu_backward, "count_sweeps", lambda *_: 3)
+    monkeypatch.setattr(mosaic_gpu_backward, "choose_segments", lambda *_: 3)
     monkeypatch.setattr(mosaic_gpu_gradients, "block_length", lambda *_: 4)
     B, T, K, R, Z, C = 2, 600, 2, 4, 10, 64
     params = api.GatedDeltaParams(
