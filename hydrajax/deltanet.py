@@ -204,8 +204,10 @@ class LinearHeads(nnx.Module):
         return constrain(q, "batch", "tokens", "la_heads", None), k, v
 
     def _unit(self, x: Array, scale: nnx.Param | None, seq: Sequence) -> Array:
-        """x of unit length after the norm, rotated, rounded once: as rope keeps lengths, both sums over a
-        head are of x, and the rest is one pass."""
+        """x after the norm, rotated, of unit length, rounded once.
+
+        Rope keeps lengths, so both sums over a head are of what is before it: then one pass.
+        """
         x32 = x.astype(jnp.float32)
         factor = jnp.float32(1.0)
         if scale is not None:

@@ -43,9 +43,9 @@ def best(times: dict[int, float], model: int) -> int:
 
 
 def tune(dims: tuple[int, int, int, int], repeats: int, seconds: float) -> dict[str, dict]:
-    """Return the best numbers of (B, T, R, d), the model's, and milliseconds by number, of each pass.
+    """Return each pass's best number for (B, T, R, d), the model's, and milliseconds by number.
 
-    The backward's are of both passes, the forward's number being its best.
+    Those of the backward are of both passes, with the forward's best number.
     """
     place, arrays = _place(dims), draw(dims, "slow")
     model = {of: count(*place) for of, count in MODEL.items()}

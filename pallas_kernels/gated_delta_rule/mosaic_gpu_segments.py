@@ -110,10 +110,11 @@ def segment_ends(scale, q, k, do, gates, t_inv, end, segments):
 
 
 def reach(keep, segments, backward=False):
-    """Return how many of a segment's last chunks its end feels [N,B,R], of its first ones `backward`.
+    """Return how many of a segment's last chunks its end feels [N,B,R].
 
-    keep [Z,B,R] is what is left of a state behind each chunk. It is one more than a segment has
-    chunks where what comes from beyond its other end is felt too.
+    With `backward` it is how many of its first ones the gradient at its start is made of. It is
+    one more than a segment has chunks where what comes from beyond its other end is felt too.
+    keep [Z,B,R] is what is left of a state behind each chunk.
     """
     length = -(-keep.shape[0] // segments)
     rest = segments * length - keep.shape[0]  # chunks that the last segment lacks

@@ -1,7 +1,8 @@
 """Into how many segments Hopper's kernels cut a sequence: what was measured best on a device.
 
-`python -m pallas_kernels.tune` writes pallas_kernels/tuned/<device>.json, one entry for every number
-of recurrences, chunks and dims that it measured. Elsewhere the model of `count_segments` decides.
+`python -m pallas_kernels.tune` writes pallas_kernels/tuned/<device>.json, one entry for every
+number of recurrences, chunks and dims that it measured. Elsewhere the model of `count_segments`
+decides.
 """
 
 import functools

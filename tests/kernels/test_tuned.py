@@ -24,9 +24,7 @@ def table(tmp_path, monkeypatch):
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
     path = tuned.path_of(H100, tmp_path)
     path.write_text(
-        json.dumps(
-            {"segments": {tuned.key(*PLACE): {"forward": 3, "backward": 5}}, "measured": {}}
-        )
+        json.dumps({"segments": {tuned.key(*PLACE): {"forward": 3, "backward": 5}}, "measured": {}})
     )
     return path
 
@@ -108,7 +106,7 @@ def test_a_choice_needs_a_gain_and_candidates_hold_the_models():
 
 
 def test_tuning_refuses_what_is_not_hopper(tmp_path):
-    with pytest.raises(SystemExit, match="mosaic_gpu: (runs on Hopper|needs jax)"):
+    with pytest.raises(SystemExit, match=r"mosaic_gpu: (runs on Hopper|needs jax)"):
         tune.main(["--shapes", "1x512x1", "--folder", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
