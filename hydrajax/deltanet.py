@@ -206,7 +206,8 @@ class LinearHeads(nnx.Module):
     def _unit(self, x: Array, scale: nnx.Param | None, seq: Sequence) -> Array:
         """x after the norm, rotated, of unit length, rounded once.
 
-        Rope keeps lengths, so both sums over a head are of what is before it: then one pass.
+        Rope multiplies lengths by one number, yarn's factor, so both sums over a head are of what
+        is before it: then one pass.
         """
         x32 = x.astype(jnp.float32)
         factor = jnp.float32(1.0)
@@ -214,6 +215,8 @@ class LinearHeads(nnx.Module):
             factor = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
             x32 = x32 * scale[...]
         squares = factor * factor * jnp.sum(x32 * x32, axis=-1, keepdims=True)
+        if self.rope_dims:
+            squares *= (seq.cos[..., :1] ** 2 + seq.sin[..., :1] ** 2)[:, :, None]
         unit = x32 * (factor * jax.lax.rsqrt(squares + L2_EPS))
         return apply_rope(unit, seq, self.rope_dims).astype(x.dtype)
 
@@ -283,9 +286,11 @@ def wide_product(x: Float[Array, "B T D"], w: Float[Array, "D n R"]) -> Float[Ar
 def _sum_of_halves(equation: str, x: Array, y: Array) -> Array:
     """einsum of x and both halves of y, which its second axis from the end counts."""
     if x.dtype == y.dtype:
-        return jnp.einsum(equation, x, y)
-    high = y.astype(x.dtype)
-    halves = jnp.concatenate([high, (y - high.astype(y.dtype)).astype(x.dtype)], axis=-2)
+        return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+    # A cast there and back is what XLA for GPUs leaves out, and no rest would be left.
+    kept = jnp.finfo(x.dtype)
+    high = jax.lax.reduce_precision(y, kept.nexp, kept.nmant)
+    halves = jnp.concatenate([high, y - high], axis=-2).astype(x.dtype)
     parts = jnp.einsum(equation, x, halves, preferred_element_type=jnp.float32)
     return sum(jnp.split(parts, 2, axis=-2))
 
@@ -297,7 +302,7 @@ def _keep_factors(x: Array, w: Array):
 def _product_gradients(factors: tuple[Array, Array], dy: Array):
     x, w = factors
     dx = jnp.einsum("btnr,dnr->btd", dy.astype(x.dtype), w.astype(x.dtype))
-    return dx, _sum_of_halves("btd,btnr->dnr", x, dy)
+    return dx, _sum_of_halves("btd,btnr->dnr", x, dy).astype(w.dtype)
 
 
 wide_product.defvjp(_keep_factors, _product_gradients)

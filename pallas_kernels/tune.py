@@ -109,8 +109,14 @@ def main(arguments: list[str] | None = None) -> None:
         hopper.check_device(kind)
     except NotImplementedError as error:
         sys.exit(f"python -m pallas_kernels.tune: {error}")
+    if args.folder.exists() and not args.folder.is_dir():
+        sys.exit(f"--folder {args.folder}: expected a folder, found a file")
     path = tuned.path_of(kind, args.folder)
-    report, run = tuned.read(path), make_meta("tune", arguments)
+    try:
+        report = tuned.read(path)
+    except ValueError as error:
+        sys.exit(str(error))
+    run = make_meta("tune", arguments)
     for shape in args.shapes:
         if clock.left() < RESERVE:
             sys.exit(f"{path}: the time was up before {shape}")

@@ -54,8 +54,15 @@ class GatedDeltaConfig:
     def __post_init__(self):
         if self.chunk is not None and (self.chunk < 1 or self.chunk & (self.chunk - 1)):
             raise ValueError(f"config.chunk: expected a power of two, got {self.chunk}")
-        if self.segments is not None and (len(self.segments) != 2 or min(self.segments) < 1):
-            raise ValueError(f"config.segments: expected two numbers from 1, got {self.segments}")
+        if self.segments is not None and not _is_pair(self.segments):
+            raise ValueError(
+                f"config.segments: expected a tuple of two numbers from 1, got {self.segments}"
+            )
+
+
+def _is_pair(value: object) -> bool:
+    pair = isinstance(value, tuple) and len(value) == 2
+    return pair and all(type(n) is int and n >= 1 for n in value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +161,10 @@ def gated_delta_rule(
     A token with beta = 0 and g = 0 leaves the state untouched: pad with those. `segment_ids` cut a
     row into documents wherever neighbours differ, so an id that comes back starts a new document;
     `initial_state` belongs to the first one. `scale` is H**-0.5 unless given.
+
+    `mosaic_gpu` counts on beta |k|^2 <= 2, as keys of unit length have it, where it cuts a sequence
+    into segments: else a state may grow from token to token, and what it leaves out as decayed
+    might matter.
 
     `axis_name`: the arrays are parts of rows whose tokens lie on the devices of that mesh axis, in
     order; both states are those of the whole rows, the same on all of them.

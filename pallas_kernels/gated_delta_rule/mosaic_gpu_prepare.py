@@ -18,16 +18,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import BETA, CUMULATIVE, RUN
 from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import (
-    PROCESSORS,
     decay,
     indices,
     load_row,
     products,
 )
-from pallas_kernels.hopper import hidden_zero, matrix, parameters
+from pallas_kernels.hopper import matrix, parameters
 
 SMALL, HALF = 16, 32  # 16 is what one step of wgmma contracts: packing below it saves nothing
-WORKERS = 4  # warpgroups of a block, which fills a processor
 
 
 def prepare(k, gates):
@@ -37,56 +35,34 @@ def prepare(k, gates):
 
     Z, B, R, rows, C = gates.shape
     K, H = k.shape[2:]
-    jobs = Z * B * R
-    blocks = min(-(-jobs // WORKERS), PROCESSORS)
-    workers = blocks * WORKERS
 
-    def body(k, gates, t_inv, k_s, gates_s, out_s, halves_s, full):
-        w = jax.lax.axis_index("worker")
-        first = jax.lax.axis_index("block") * WORKERS + w
-
-        def place(job):
-            r, rest = jax.lax.rem(job, R), jax.lax.div(job, R)
-            return jax.lax.rem(rest, Z), jax.lax.div(rest, Z), r
-
-        def fetch(job):
-            z, b, r = place(job)
-            key_head = jax.lax.div(r, jnp.int32(R // K))
-            for n in range(H // C):
-                part = k.at[b, pl.ds(z * C, C), key_head, pl.ds(n * C, C)]
-                plgpu.copy_gmem_to_smem(part, k_s.at[w, n], full.at[w])
-            plgpu.copy_gmem_to_smem(gates.at[z, b, r], gates_s.at[w], full.at[w])
-
-        def step(i, _):
-            job, only = first + i * workers, w + hidden_zero(first, i)
-            plgpu.barrier_wait(full.at[w])
-            a = _pairs(k_s.at[only], gates_s.at[only])
-            plgpu.commit_smem()  # all warps have read what the next ones replace
-            pl.when(job + workers < jobs)(lambda: fetch(job + workers))
-            x = _invert(a, *([half.at[only] for half in pair] for pair in halves_s))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_s[only] = x.astype(out_s.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_s.at[only], t_inv.at[place(job)])
-
-        pl.when(first < jobs)(lambda: fetch(first))
-        jax.lax.fori_loop(0, jax.lax.div(jobs + workers - 1 - first, workers), step, None)
+    def body(k, gates, t_inv, k_s, gates_s, diagonal_s, left_s, corner_s, x_s, x_half_s, full):
+        b, r, z = (jax.lax.axis_index(name) for name in ("batch", "head", "chunk"))
+        key_head = jax.lax.div(r, jnp.int32(R // K))
+        for n in range(H // C):
+            part = k.at[b, pl.ds(z * C, C), key_head, pl.ds(n * C, C)]
+            plgpu.copy_gmem_to_smem(part, k_s.at[n], full)
+        plgpu.copy_gmem_to_smem(gates.at[z, b, r], gates_s, full)
+        plgpu.barrier_wait(full)
+        a = _pairs(k_s, gates_s)
+        x = _invert(a, diagonal_s, left_s, corner_s, x_s, x_half_s)
+        out_s = k_s.at[0]  # the keys are not needed any more
+        out_s[...] = x.astype(k_s.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_s, t_inv.at[z, b, r])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((Z, B, R, C, C), k.dtype),
         scratch_types=[
-            matrix(k.dtype, WORKERS, H // C, C, C),
-            plgpu.SMEM((WORKERS, rows, C), jnp.float32),
-            matrix(k.dtype, WORKERS, C, C),
-            [[matrix(k.dtype, WORKERS, C, n)] * 2 for n in (SMALL, SMALL, HALF, SMALL, HALF)],
-            plgpu.Barrier(num_arrivals=1 + H // C, num_barriers=WORKERS),
+            matrix(k.dtype, H // C, C, C),
+            plgpu.SMEM((rows, C), jnp.float32),
+            *([matrix(k.dtype, C, n)] * 2 for n in (SMALL, SMALL, HALF, SMALL, HALF)),
+            plgpu.Barrier(num_arrivals=1 + H // C),
         ],
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=WORKERS,
-        thread_name="worker",
+        grid=(R, Z, B),
+        grid_names=("head", "chunk", "batch"),
         compiler_params=parameters(),
         kernel_name="gdn_prepare",
     )

@@ -45,7 +45,7 @@ def read(path: Path) -> dict[str, dict]:
         found = json.loads(path.read_text())
         numbers = [entry[of] for entry in found["segments"].values() for of in PASSES]
         found["measured"].keys()
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected a file of pallas_kernels.tune, got {error!r}") from None
     if wrong := [n for n in numbers if type(n) is not int or n < 1]:
         raise ValueError(f"{path}: expected positive numbers of segments, got {wrong}")

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import GatedDeltaConfig, gated_delta_rule, hopper
-from pallas_kernels.gated_delta_rule import api, mosaic_gpu, mosaic_gpu_prepare, reference, xla
+from pallas_kernels.gated_delta_rule import api, mosaic_gpu, reference, xla
 from pallas_kernels.gated_delta_rule.mosaic_gpu_fold import fold
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import gate_rows
 from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import (
@@ -81,8 +81,6 @@ def draw(case: Case) -> dict[str, np.ndarray]:
 def test_interpreted(name, capsys, monkeypatch):
     """Outputs and residuals equal those in float64, and nothing races."""
     case = CASES[name]
-    # One block prepares all chunks, so that its warpgroups have several of them or none.
-    monkeypatch.setattr(mosaic_gpu_prepare, "PROCESSORS", 1)
     if case.segments:
         monkeypatch.setattr(mosaic_gpu, "choose_segments", lambda *_: case.segments)
     arrays = draw(case)

@@ -63,9 +63,11 @@ def test_a_traced_call_has_the_tuned_number_of_maps(table):
     assert "f32[3,1,16,128,128]" in str(traced.jaxpr)  # 2 N - 3 maps of 3 segments
 
 
-@pytest.mark.parametrize("wrong", [(0, 1), (2,), (1, 2, 3)])
+@pytest.mark.parametrize("wrong", [(0, 1), (2,), (1, 2, 3), [1, 2], (1.5, 2)])
 def test_a_config_names_what_it_expects(wrong):
-    with pytest.raises(ValueError, match=r"config.segments: expected two numbers from 1, got"):
+    with pytest.raises(
+        ValueError, match=r"config.segments: expected a tuple of two numbers from 1, got"
+    ):
         GatedDeltaConfig(segments=wrong)
 
 
