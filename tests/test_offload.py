@@ -186,6 +186,16 @@ def chips(kind: str) -> list:
     return list(found.devices)
 
 
+def subject(layers: int) -> SimpleNamespace:
+    """What is laid out: a small model without GDN heads."""
+    model = ModelConfig(
+        vocab_size=512, width=256, mlp_width=1024, num_layers=layers, num_heads=4, num_kv_heads=2,
+        head_dim=64,
+    )  # fmt: skip
+    plan = HeadPlan.all_full(model.num_layers, model.num_heads, model.num_kv_heads)
+    return SimpleNamespace(model=model, hydra=HydraConfig.teacher(), plan=plan)
+
+
 needs_libtpu = pytest.mark.skipif(
     find_spec("libtpu") is None, reason="compiles for TPUs: pip install 'jax[tpu]'"
 )
@@ -203,15 +213,10 @@ AHEAD_OF_TIME = pytest.mark.parametrize(
 @AHEAD_OF_TIME
 def test_the_compiled_step_keeps_them_off_the_device(kind):
     devices = chips(kind)
-    model = ModelConfig(
-        vocab_size=512, width=256, mlp_width=1024, num_layers=2, num_heads=4, num_kv_heads=2,
-        head_dim=64,
-    )  # fmt: skip
-    plan = HeadPlan.all_full(model.num_layers, model.num_heads, model.num_kv_heads)
-    student = SimpleNamespace(model=model, hydra=HydraConfig.teacher(), plan=plan)
+    student = subject(layers=2)
     found, sizes = {}, {}
     for offload in (False, True):
-        cfg = replace(run_config("pretrain", dict(offload=offload)), model=model)
+        cfg = replace(run_config("pretrain", dict(offload=offload)), model=student.model)
         cfg = replace(cfg, kernels=KernelConfig(*("xla",) * 3))
         made = lay_out(cfg, make_mesh(MeshConfig(1, -1), devices), student, lambda: student)
         with jax.set_mesh(made.mesh):
@@ -263,17 +268,14 @@ def test_a_few_parameters_moments_are_on_the_device_at_a_time(kind):
 @pytest.mark.aot_gpu
 def test_a_gpu_redoes_the_layers_one_after_another_beside_the_copies():
     """XLA's scheduler that hides copies would hold the inner activations of all layers at once."""
-    model = ModelConfig(
-        vocab_size=512, width=256, mlp_width=1024, num_layers=8, num_heads=4, num_kv_heads=2,
-        head_dim=64,
-    )  # fmt: skip
-    plan = HeadPlan.all_full(model.num_layers, model.num_heads, model.num_kv_heads)
-    student = SimpleNamespace(model=model, hydra=HydraConfig.teacher(), plan=plan)
+    student = subject(layers=8)
     devices, temporary = chips("cuda"), {}
     for offload in (False, True):
         cfg = run_config("pretrain", dict(offload=offload), remat="block", loss_chunk=1024)
         cfg = replace(cfg, data=replace(cfg.data, rows=1, seq_len=8192))
-        cfg = replace(cfg, model=model, kernels=KernelConfig(*("xla",) * 3), mesh=MeshConfig())
+        cfg = replace(
+            cfg, model=student.model, kernels=KernelConfig(*("xla",) * 3), mesh=MeshConfig()
+        )
         made = lay_out(cfg, make_mesh(cfg.mesh, devices[:1]), student, lambda: student)
         with jax.set_mesh(made.mesh):
             step = jit_train_step(made.programs, made.places)
