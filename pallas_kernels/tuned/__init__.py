@@ -1,1 +1,1 @@
-"""Measured numbers of segments, a file for each kind of device, written by `pallas_kernels.tune`."""
+"""Measured numbers of segments, a file for each kind of device; `pallas_kernels.tune` writes it."""
