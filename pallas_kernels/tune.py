@@ -20,8 +20,11 @@ import jax.numpy as jnp
 from pallas_kernels import hopper
 from pallas_kernels.bench import make_meta, shapes_of, write
 from pallas_kernels.gated_delta_rule import api, tuned
-from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import MODEL
-from pallas_kernels.gated_delta_rule.mosaic_gpu_tiles import PROCESSORS
+from pallas_kernels.gated_delta_rule.mosaic_gpu_segments import (
+    MODEL,
+    most_segments,
+    of_one_length,
+)
 from pallas_kernels.gated_delta_rule.workload import ARGUMENTS, CHUNK, draw
 from pallas_kernels.timing import Clock, Program, interleaved
 
@@ -31,9 +34,9 @@ RESERVE = 60  # seconds that a shape needs
 
 def candidates(heads: int, chunks: int, dim: int, model: int) -> list[int]:
     """Numbers of segments to time: powers of two and what is near to the model's."""
-    most = max(1, min(PROCESSORS * 128 // dim // heads, chunks))
+    most = most_segments(heads, chunks, dim)
     asked = [n for n in (*(2**i for i in range(8)), model - 1, model, model + 1) if 1 <= n <= most]
-    return sorted({-(-chunks // -(-chunks // n)) for n in (*asked, model)})
+    return sorted({of_one_length(n, chunks) for n in (*asked, model)})
 
 
 def best(times: dict[int, float], model: int) -> int:

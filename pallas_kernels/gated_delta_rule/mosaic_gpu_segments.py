@@ -63,8 +63,17 @@ def _count(heads, chunks, dim, maps) -> int:
         waves = sum(-(-m * heads // blocks) for m in maps(n)) if n > 1 else 0
         return length * (1 + waves) + APPLY * (n > 1) * (n + 1)
 
-    n = min(range(1, max(1, min(blocks // heads, chunks)) + 1), key=chain)
-    return -(-chunks // -(-chunks // n))  # equal lengths may need fewer
+    return of_one_length(min(range(1, most_segments(heads, chunks, dim) + 1), key=chain), chunks)
+
+
+def most_segments(heads: int, chunks: int, dim: int) -> int:
+    """As many as run at the same time; 1 where heads alone fill the chip."""
+    return max(1, min(PROCESSORS * 128 // dim // heads, chunks))
+
+
+def of_one_length(segments: int, chunks: int) -> int:
+    """How many are left of so many where each is as long as the longest."""
+    return -(-chunks // -(-chunks // segments))
 
 
 MODEL = {"forward": count_segments, "backward": count_sweeps}
@@ -76,7 +85,7 @@ def choose_segments(of: str, config, heads: int, chunks: int, dim: int) -> int:
         asked = config.segments[tuned.PASSES.index(of)]
     else:
         asked = tuned.segments(of, heads, chunks, dim) or MODEL[of](heads, chunks, dim)
-    return -(-chunks // -(-chunks // min(asked, chunks)))
+    return of_one_length(asked, chunks)
 
 
 def segment_starts(k, v, gates, t_inv, start, segments):
@@ -100,11 +109,12 @@ def segment_ends(scale, q, k, do, gates, t_inv, end, segments):
     N, length = segments, -(-gates.shape[0] // segments)
     none = jnp.zeros((N - 2, *end.shape), end.dtype)
     behind = jnp.concatenate([none, end[None]])
-    felt = reach(gates[..., KEEP, 0], N, backward=True)[1:]
-    (added,) = sweep(scale, q, k, do, gates, t_inv, behind, length, felt)
+    keep = gates[..., KEEP, 0]
+    at_starts = reach(keep, N, backward=True)[1:]
+    (added,) = sweep(scale, q, k, do, gates, t_inv, behind, length, at_starts)
     if N > 2:  # M does not depend on v
-        felt = reach(gates[..., KEEP, 0], N)
-        factors = _maps(k, do, gates, t_inv, end, felt, N, range(N - 1, 2 * N - 3))
+        at_ends = reach(keep, N)
+        factors = _maps(k, do, gates, t_inv, end, at_ends, N, range(N - 1, 2 * N - 3))
         added = fold(added, factors, N - 1, 0, k.dtype, backward=True)
     return jnp.concatenate([added, end[None]])
 
