@@ -14,6 +14,7 @@ import argparse
 import ast
 import importlib
 import json
+import pickle
 import re
 import statistics
 import time
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 from hydrajax.config import MeshConfig, RunConfig
 from hydrajax.flops import mfu, train_flops_per_token
@@ -155,6 +157,20 @@ def implementations(text: str) -> dict[str, list[str]]:
     return {op: sorted(name for o, name in found if o == op) for op, _ in sorted(found)}
 
 
+def save_program(layout: Layout, path: Path) -> dict[str, Any]:
+    """Compiles into a file that `load_program` takes, and says the same of it."""
+    compiled, found = compile_case(layout)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, pickle.dumps((serialize(compiled), found)))
+    return found
+
+
+def load_program(path: Path) -> tuple[Any, dict[str, Any]]:
+    """What `compile_case` gave the process that saved it, without its minutes."""
+    program, found = pickle.loads(path.read_bytes())
+    return deserialize_and_load(*program, execution_devices=jax.devices()[:1]), found
+
+
 def draw_state(layout: Layout, subject: Subject) -> TrainState:
     """Random weights and empty moments."""
     cfg = layout.programs.run
@@ -212,15 +228,15 @@ def time_steps(
     }
 
 
-def run(cfg: RunConfig, case: Case) -> dict[str, Any]:
-    """The row of a case; running out of device memory is a result."""
+def run(cfg: RunConfig, case: Case, program: Path | None = None) -> dict[str, Any]:
+    """The row of a case, of a saved program if any; running out of device memory is a result."""
     device = jax.devices()[0]
     layout, subject = lay_out_case(cfg, case, [device])
     row = facts(cfg, case, layout, subject)
     limit = _memory(device).get("bytes_limit")
     row |= {"bytes_limit": limit} if limit else {}
     try:
-        compiled, found = compile_case(layout)
+        compiled, found = compile_case(layout) if program is None else load_program(program)
         row |= found
         with jax.set_mesh(layout.mesh):
             state = draw_state(layout, subject)
@@ -274,7 +290,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1e9, help="for the steps of this case")
     parser.add_argument("--cache", default="", help="folder of compiled programs")
     parser.add_argument("--target", type=Path, help="compile for this GPU alone")
-    parser.add_argument("--compile-only", action="store_true", help="into --cache")
+    parser.add_argument("--save", type=Path, help="compile alone, into this file")
+    parser.add_argument("--program", type=Path, help="take it from such a file")
     parser.add_argument("--out", type=Path, help="JSON file for the row")
     return parser.parse_args(arguments)
 
@@ -283,16 +300,16 @@ def main() -> None:
     args = parse()
     if args.target is not None:
         jax.config.update("jax_platforms", "cpu")
-    if args.cache:
+    if args.cache and args.save is None:  # what was read from a cache cannot always be saved
         jax.config.update("jax_compilation_cache_dir", args.cache)
     case = Case(args.shape, args.tokens, args.documents, args.steps, args.seconds)
     cfg = read_config(args.config, case, args.changes)
     if args.target is not None:
         row = ahead(cfg, case, args.target)
-    elif args.compile_only:
-        row = compile_case(lay_out_case(cfg, case, jax.devices())[0])[1]
+    elif args.save is not None:
+        row = save_program(lay_out_case(cfg, case, jax.devices())[0], args.save)
     else:
-        row = run(cfg, case)
+        row = run(cfg, case, args.program)
     text = json.dumps(row, indent=1)
     print(text)
     if args.out is not None:

@@ -8,9 +8,9 @@ case (`experiments.long_case`) is a process of its own, so that running out of m
 alone and its peak is its own. After the listed lengths the longest row of the student that fits is
 searched. The file is written after every case; with `--add` its cases are not repeated.
 
-No case is begun when `--limit` seconds are over, and one under way is cut then. `--ahead=3`
-compiles that many cases in advance, beside the one that is measured: only where XLA does not tune
-on the GPU (XLA_FLAGS=--xla_gpu_autotune_level=0), else it would disturb the measurement.
+No case is begun when `--limit` seconds are over, and one under way is cut then. `--ahead=8`
+compiles the listed cases first, so many at a time, and measures what they saved: only where XLA
+does not tune on the GPU (XLA_FLAGS=--xla_gpu_autotune_level=0), where they would disturb another.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ Row = dict[str, Any]
 Key = tuple[str, int]  # shape and tokens
 
 
-def order(lengths: tuple[int, ...]) -> list[Key]:
-    """Both shapes of the shortest rows first."""
-    return [(shape, tokens) for tokens in sorted(lengths) for shape in SHAPES]
+def order(lengths: tuple[int, ...], shapes: tuple[str, ...] = SHAPES) -> list[Key]:
+    """All shapes of the shortest rows first."""
+    return [(shape, tokens) for tokens in sorted(lengths) for shape in shapes]
 
 
 def next_probe(known: dict[int, bool], guess: int | None, multiple: int = MULTIPLE) -> int | None:
@@ -121,22 +121,29 @@ class Runner:
         self.args, self.clock = args, clock
         self.logs = args.root / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.pool = ThreadPoolExecutor(max(args.ahead, 1))
-        self.compiling: dict[Key, Future] = {}
+        self.programs: dict[Key, Path] = {}  # compiled ahead and not measured yet
 
     def compile_ahead(self, keys: list[Key]) -> None:
+        """One that cannot be compiled is left to `measure`, which tells why."""
+
+        def compile_one(key: Key) -> None:
+            path = self.args.root / f"{key[0]}_{key[1]}.program"
+            if self._call(key, "compile", f"--save={path}")[0] == 0:
+                self.programs[key] = path
+
         if self.args.ahead:
-            for key in keys:
-                self.compiling[key] = self.pool.submit(self._call, key, "compile", "--compile-only")
+            with ThreadPoolExecutor(self.args.ahead) as pool:
+                list(pool.map(compile_one, keys))
 
     def measure(self, key: Key, steps: int) -> Row | None:
         """The row of a case, with `error` where it failed; None where the time was over."""
-        if key in self.compiling:
-            self.compiling.pop(key).result()
         out = self.args.root / f"{key[0]}_{key[1]}.json"
         out.unlink(missing_ok=True)
-        options = (f"--out={out}", f"--steps={steps}", f"--seconds={self.args.seconds}")
-        code, log = self._call(key, "run", *options)
+        options = [f"--out={out}", f"--steps={steps}", f"--seconds={self.args.seconds}"]
+        program = self.programs.pop(key, None)
+        code, log = self._call(key, "run", *options, *([f"--program={program}"] if program else []))
+        if program is not None:
+            program.unlink()  # hundreds of MB
         if code is None:
             return None
         if code or not out.is_file():
@@ -146,9 +153,6 @@ class Runner:
                 "shape": key[0], "tokens": key[1], "error": f"exit code {code}: {last}"
             }  # fmt: skip
         return json.loads(out.read_text())
-
-    def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
 
     def _call(self, key: Key, what: str, *options: str) -> tuple[int | None, Path]:
         """Exit code, None where it was cut, and the log."""
@@ -179,8 +183,8 @@ def measure_all(runner: Runner, rows: list[Row], args: argparse.Namespace) -> It
     """Rows of the listed cases that `rows` lacks, then those of the search, as they are there."""
     done = {(row["shape"], row["tokens"]) for row in rows if "error" not in row}
     rows = list(rows)
-    left = [key for key in order(args.lengths) if key not in done]
-    runner.compile_ahead(left[1:])
+    left = [key for key in order(args.lengths, args.shapes) if key not in done]
+    runner.compile_ahead(left)
     for key in left:
         row = runner.measure(key, args.steps)
         if row is None:
@@ -239,12 +243,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--lengths", type=_lengths, default=LENGTHS, help="tokens, comma between")
+    parser.add_argument("--shapes", type=_shapes, default=SHAPES, help=f"of {','.join(SHAPES)}")
     parser.add_argument("--documents", type=int, default=1, help="in a row, of one length")
     parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
     parser.add_argument("--seconds", type=float, default=100.0, help="for the steps of one case")
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds for everything")
     parser.add_argument("--no-search", dest="search", action="store_false")
-    parser.add_argument("--ahead", type=int, default=0, help="cases compiled in advance")
+    parser.add_argument("--ahead", type=int, default=0, help="cases compiled at once, before all")
     parser.add_argument("--add", action="store_true", help="keep and do not repeat earlier cases")
     parser.add_argument("--root", type=Path, default=Path("runs/long_context"))
     parser.add_argument("--cache", default="runs/long_context/cache", help="compiled programs")
@@ -257,6 +262,12 @@ def _lengths(text: str) -> tuple[int, ...]:
     if min(lengths) < 2:
         raise argparse.ArgumentTypeError(f"expected numbers of tokens, got {text}")
     return lengths
+
+
+def _shapes(text: str) -> tuple[str, ...]:
+    if unknown := sorted({*text.split(",")} - {*SHAPES}):
+        raise argparse.ArgumentTypeError(f"expected some of {SHAPES}, got {unknown}")
+    return tuple(text.split(","))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -277,7 +288,6 @@ def main(arguments: list[str] | None = None) -> None:
         report["search"] = story(rows, guess_of(rows), why)
         write_atomic(args.results, (json.dumps(report, indent=1) + "\n").encode())
         print(f"{args.limit - clock.left():7.1f} s  {line(row)}", flush=True)
-    runner.close()
     print(json.dumps({key: report.get(key) for key in ("summary", "search")}, indent=1))
     if failed:
         sys.exit(f"{len(failed)} cases failed, see {runner.logs}: {'; '.join(failed)}")

@@ -40,6 +40,13 @@ def test_the_search_ends_at_the_longest_multiple_that_fits(limit, guess):
     assert tried <= (2 if near else 12)
 
 
+def test_a_shape_that_is_none_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        long_context.parse(["--results=x.json", "--shapes=student,teacher"])
+    assert "expected some of" in capsys.readouterr().err
+    assert long_context.parse(["--results=x.json"]).shapes == long_case.SHAPES
+
+
 def test_a_search_that_knows_nothing_tries_nothing():
     assert next_probe({}, None) is None and next_probe({16 * K: False}, None) is None
 
@@ -171,11 +178,12 @@ def test_the_teacher_shape_has_every_head_full_and_no_gates():
     assert rows["teacher_shape"]["trained"] == rows["teacher_shape"]["parameters"]
 
 
-def test_a_student_is_measured_in_a_process_of_its_own_and_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(long_context, "SHAPES", ("student",))
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_student_is_measured_in_a_process_of_its_own_and_kept(monkeypatch, tmp_path, ahead):
     arguments = [
         f"--results={tmp_path / 'x.json'}", f"--root={tmp_path}", f"--cache={tmp_path / 'cache'}",
-        f"--config={SMOKE}", "--lengths=64", "--steps=1", "--no-search",
+        f"--config={SMOKE}", "--shapes=student", "--lengths=64", "--steps=1", "--no-search",
+        f"--ahead={ahead}",
         "model.num_layers=1",
         "kernels.gated_delta_rule=reference", "kernels.attention=reference",
     ]  # fmt: skip
@@ -189,6 +197,10 @@ def test_a_student_is_measured_in_a_process_of_its_own_and_kept(monkeypatch, tmp
         "attention": ["reference"], "causal_conv": ["xla"], "gated_delta_rule": ["reference"],
     }  # fmt: skip
     assert report["meta"]["device"] == "1 x cpu" and report["search"]["fits"] == 64
+    if ahead:  # measured is what that process saved
+        told = json.loads((tmp_path / "logs/student_64_compile.log").read_text())
+        assert told == {name: found[name] for name in told} and "seconds" in told
+    assert not list(tmp_path.glob("*.program"))
 
     def again(*_):
         raise AssertionError("measured again")
