@@ -28,6 +28,7 @@ from pallas_kernels.attention.mosaic_gpu_tiles import (
     last_freed,
 )
 from pallas_kernels.hopper import hidden_zero, matrix, parameters, slot_of
+from pallas_kernels.zeros import zeros_after
 
 # Rows of `stats`; the last two hold one number each.
 LSE, DELTA, FIRST, END, LAST_FIRST, FIRST_END = range(6)
@@ -90,7 +91,7 @@ def backward(scale, q, k, v, do, stats, spans, apart=False):
         name="attention_backward",
     )
     parts = S // KEYS if apart else 1
-    dq = jax.new_ref(jnp.zeros((parts, *q.shape), jnp.float32))
+    dq = jax.new_ref(zeros_after(do, (parts, *q.shape), jnp.float32))
     dk, dv = kernel(q, k, v, do, stats, spans, dq)
     return jax.freeze(dq), dk, dv
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from pallas_kernels.attention.reference import positions, visible
 from pallas_kernels.precision import accumulator, dot
+from pallas_kernels.zeros import zeros_after
 
 # Up to this many logits for each row and head one tile does it all: no scan, no carries.
 DENSE_LOGITS = 1024 * 1024
@@ -110,7 +111,7 @@ def _scan_forward(params, q, k, v, q_ids, kv_ids, offset):
     (rows, columns), pairs = _blocks(params)
     q, k, v = _pad(q, rows, 2), _pad(k, columns, 2), _pad(v, columns, 2)
     ids = _pad(_row_ids(params, q_ids), rows, 1), _pad(kv_ids, columns, 1)
-    total, o = _zeros(q[..., 0], acc), _zeros(q, acc)
+    total, o = (zeros_after(q, shape, acc) for shape in (q.shape[:-1], q.shape))
     carry = (total - jnp.inf, total, o)
 
     def pair(carry, start):
@@ -149,17 +150,8 @@ def _scan_backward(params, rows_args, k, v, q_ids, kv_ids, offset):
             _put(x, _cut(x, *at) + y, at[0]) for x, y, at in zip(carry, tile, sizes, strict=True)
         ), None
 
-    return jax.lax.scan(pair, tuple(_zeros(x, acc) for x in (q, k, v)), pairs)[0]
-
-
-def _zeros(x, dtype):
-    """Zeros like x that cannot be made before x is there.
-
-    Of plain ones XLA makes those of all layers at once, where the program starts, and keeps them.
-    """
-    first = x[(0,) * x.ndim]
-    never = jnp.isnan(first) & jnp.isinf(first)
-    return jnp.broadcast_to(never.astype(dtype), x.shape)
+    start = tuple(zeros_after(x, x.shape, acc) for x in (q, k, v))
+    return jax.lax.scan(pair, start, pairs)[0]
 
 
 def _blocks(params):
