@@ -231,7 +231,9 @@ class StageConfig:
     teacher_cache: str = ""  # distill, extend: read the teacher's best words from this folder
     calibration_tokens: int = 65_536  # align: tokens that set gamma at the transplant
     loss_chunk: int = 4096  # tokens of a device whose logits exist at a time
-    remat: str = "block"  # none | block | dots (keep matmul outputs)
+    # What is kept to redo the rest in the backward pass: inputs of blocks (block), the same in host
+    # memory (host), outputs of matmuls too (dots); none: all is kept
+    remat: str = "block"  # none | dots | block | host
     compute_dtype: str = "bfloat16"  # bfloat16 | float32
     log_every: int = 10
     eval_every: int = 0  # 0: only at the end
@@ -245,7 +247,7 @@ class StageConfig:
         check_choices("stage", self, {
             "align_loss": ("mse", "rel_mse"),
             "align_scope": ("all", "la_only"),
-            "remat": ("none", "block", "dots"),
+            "remat": ("none", "block", "host", "dots"),
             "compute_dtype": ("bfloat16", "float32"),
             "on_nonfinite": ("abort", "skip"),
         })  # fmt: skip

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hydrajax.cache import DecodeState
 from hydrajax.config import HydraConfig, KernelConfig, ModelConfig
@@ -24,7 +25,7 @@ from hydrajax.layers import (
     in_pieces,
     rope_tables,
 )
-from hydrajax.sharding import constrain
+from hydrajax.sharding import HOST, constrain
 from hydrajax.typing import Array, Float, Int, Params, UserError
 
 TAPS = ("attn_in", "attn_out", "head_out", "resid")
@@ -36,12 +37,19 @@ DEFAULT_KERNELS = KernelConfig()
 MLP_TOKENS = 16_384
 
 # Where tokens are split, a GDN layer's states between devices are kept: small, and dear to redo.
-_PARTS = jax.checkpoint_policies.save_only_these_names("gdn_parts")
+_KEPT = ["gdn_parts"]
+_PARTS = jax.checkpoint_policies.save_only_these_names(*_KEPT)
 REMAT = {
     "none": None,
-    "block": _PARTS,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _PARTS
+    ),
+    "block": _PARTS,
+    "host": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=_KEPT,
+        names_which_can_be_offloaded=["block_in"],
+        offload_src="device",
+        offload_dst=HOST,
     ),
 }
 
@@ -150,7 +158,7 @@ class Model(nnx.Module):
         seq = self.sequence(tokens.shape, segment_ids, positions, training)
 
         def run(block: Block, x: Array) -> tuple[Array, dict[str, Array]]:
-            x, seen = block(x, seq)
+            x, seen = block(checkpoint_name(x, "block_in"), seq)
             kept = {name: seen[name] for name in taps}
             return x, kept if tap_at is None else {k: _gather(v, tap_at) for k, v in kept.items()}
 

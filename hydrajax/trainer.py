@@ -104,13 +104,21 @@ def jit_train_step(programs: Programs, places: TrainState):
     )
 
 
-def _options(programs: Programs, places: TrainState) -> dict[str, bool]:
-    """Where moments come from host memory, XLA's scheduler for GPUs that hides what copies take
-    begins the layers of a backward pass early, all of them at once, and memory does not suffice."""
+def _options(programs: Programs, places: TrainState) -> dict[str, bool | int]:
+    """What XLA for GPUs must be told where moments or inputs of blocks come from host memory.
+
+    Its scheduler that hides what copies take begins the layers of a backward pass all at once, and
+    memory does not suffice. Its own rematerialisation counts host memory as the device's, computes
+    much again and frees nothing: its limit is put out of reach.
+    """
     gpu = all(device.platform == "gpu" for device in places.step.device_set)
-    if gpu and programs.run.optim.offload:
-        return {"xla_gpu_enable_latency_hiding_scheduler": False}
-    return {}
+    optim, remat = programs.run.optim, programs.run.train.remat
+    options = {}
+    if gpu and (optim.offload or remat == "host"):
+        options |= {"xla_gpu_enable_latency_hiding_scheduler": False}
+    if gpu and remat == "host":
+        options |= {"xla_gpu_memory_limit_slop_factor": 1000}  # percent
+    return options
 
 
 def make_eval_step(programs: Programs):

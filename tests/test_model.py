@@ -154,7 +154,7 @@ def test_taps_at_positions_are_slices_of_the_whole():
     np.testing.assert_allclose(model.layers[0].after_attention(out), whole.resid[1], atol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["block", "dots"])
+@pytest.mark.parametrize("remat", ["block", "host", "dots"])
 def test_remat_changes_no_gradient(remat):
     toks, grads = tokens(2, 12), []
     _, params = build(HydraConfig())

@@ -1,4 +1,4 @@
-"""optim.offload: the same numbers, moments in host memory between steps, less on the device."""
+"""optim.offload and train.remat=host: the same numbers, in host memory and not on the device."""
 
 import functools
 import json
@@ -44,8 +44,8 @@ CLIPPED = dict(clip_norm=1e-2)  # far below the gradients' norm
 
 
 @functools.cache
-def layout(offload: bool, devices: int = 1) -> Layout:
-    cfg = run_config("distill", dict(offload=offload, **CLIPPED), ce_weight=0.5)
+def layout(offload: bool, devices: int = 1, remat: str = "none") -> Layout:
+    cfg = run_config("distill", dict(offload=offload, **CLIPPED), ce_weight=0.5, remat=remat)
     full = HeadPlan.all_full(CFG.num_layers, CFG.num_heads, CFG.num_kv_heads)
     student = SimpleNamespace(model=CFG, hydra=HYDRA, plan=PLAN)
     taught = SimpleNamespace(model=CFG, hydra=HydraConfig.teacher(), plan=full)
@@ -54,9 +54,9 @@ def layout(offload: bool, devices: int = 1) -> Layout:
 
 
 @functools.cache
-def step_of(offload: bool, devices: int = 1):
+def step_of(offload: bool, devices: int = 1, remat: str = "none"):
     """The compiled step as a function of state and rows."""
-    made = layout(offload, devices)
+    made = layout(offload, devices, remat)
     frozen = {path: jax.device_put(teacher()[1][path], a.sharding)
               for path, a in made.teacher.params.items()}  # fmt: skip
     fn = jit_train_step(made.programs, made.places)
@@ -107,6 +107,17 @@ def test_the_same_bits_with_the_moments_on_the_host(devices):
         one, other = (moments(s)[1]["layers.0.mlp.w_up"] for s in (got, want))
         assert one.sharding.spec == other.sharding.spec != PartitionSpec()
         assert one.addressable_shards[0].data.shape == other.addressable_shards[0].data.shape
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_same_bits_with_the_inputs_of_blocks_on_the_host(devices):
+    found = {}
+    for remat in ("block", "host"):
+        state = first(False, devices)
+        for seed in range(STEPS):
+            state, metrics = step_of(False, devices, remat)(state, batch(seed=seed))
+        found[remat] = state, metrics
+    assert_same(found["host"], found["block"])
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -263,6 +274,31 @@ def test_a_few_parameters_moments_are_on_the_device_at_a_time(kind):
         )
         temporary[offload] = compiled.compile().memory_analysis().temp_size_in_bytes
     assert temporary[True] - temporary[False] <= 4 * bytes_each  # of 64
+
+
+@AHEAD_OF_TIME
+def test_inputs_of_blocks_are_off_the_device_between_the_passes(kind):
+    """And come back one after another: with more layers the device holds little more."""
+    devices, found = chips(kind), {}
+    for remat, layers in (("block", 2), ("block", 6), ("host", 2), ("host", 6)):
+        student = subject(layers)
+        cfg = run_config("pretrain", remat=remat, loss_chunk=512)
+        cfg = replace(cfg, data=replace(cfg.data, rows=len(devices), seq_len=32_768))
+        cfg = replace(cfg, model=student.model, kernels=KernelConfig(*("xla",) * 3))
+        made = lay_out(cfg, make_mesh(MeshConfig(1, -1), devices), student, lambda: None)
+        with jax.set_mesh(made.mesh):
+            step = jit_train_step(made.programs, made.places)
+            compiled = step.lower(made.state(), {}, made.batch()).compile()
+        found[remat, layers] = compiled.memory_analysis()
+    block_input = 32_768 * student.model.width * 4
+    assert found["host", 6].host_temp_size_in_bytes >= 6 * block_input
+    assert found["block", 6].host_temp_size_in_bytes == 0
+    more = {
+        remat: found[remat, 6].temp_size_in_bytes - found[remat, 2].temp_size_in_bytes
+        for remat in ("block", "host")
+    }
+    assert more["block"] >= 3.9 * block_input
+    assert more["host"] <= 0.5 * block_input  # gradients of the layers' parameters
 
 
 @pytest.mark.aot_gpu

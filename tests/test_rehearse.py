@@ -69,13 +69,18 @@ def test_activations_are_what_the_backward_pass_is_given():
     """Per row; with remat a block keeps its input, without it keeps much more."""
     kept = {
         (remat, rows): hbm.activations(tiny_layout("distill", rows=8 * rows, remat=remat))
-        for remat in ("block", "dots", "none")
+        for remat in ("host", "block", "dots", "none")
         for rows in (1, 2)
     }
-    assert kept["block", 1] < kept["dots", 1] < kept["none", 1]
-    assert all(kept[remat, 2] == 2 * kept[remat, 1] for remat in ("block", "dots", "none"))
-    block_input = 16 * CFG.width * 4  # T x D, fp32 here
-    assert kept["block", 1] >= CFG.num_layers * block_input
+    device = {key: sizes[0] for key, sizes in kept.items()}
+    assert device["host", 1] < device["block", 1] < device["dots", 1] < device["none", 1]
+    assert all(kept[remat, 2] == tuple(2 * n for n in kept[remat, 1]) for remat, _ in kept)
+    block_inputs = CFG.num_layers * 16 * CFG.width * 4  # L x T x D, fp32 here
+    assert device["block", 1] >= block_inputs
+    assert {remat: sizes[1] for (remat, _), sizes in kept.items()} == {
+        "host": 2 * block_inputs, "block": 0, "dots": 0, "none": 0,
+    }  # fmt: skip
+    assert sum(kept["host", 1]) == device["block", 1]
     by_accum = hbm.activations(tiny_layout("distill", rows=16, accum=2, remat="block"))
     assert by_accum == kept["block", 1]
 
@@ -143,12 +148,13 @@ def test_the_message_names_sizes_and_the_knob():
           "--config.data.seq_len=256 (now 512)"]),
         # Micro-batches must still divide over the devices.
         (MESH, config(rows=24, accum=2, loss_chunk=1), SIZES,
-         ["--config.train.accum=6 (now 2)"]),
+         ["--config.train.accum=6 (now 2)", "--config.train.remat=host (now block)"]),
         # The moments alone stand in the way: of the state, or of the whole step.
         (MESH, config(), replace(SIZES, optimiser=12 * GIB, total=30 * GIB),
          ["--config.optim.offload=True (now False)"]),
         (MESH, config(rows=4, loss_chunk=1), replace(SIZES, total=20 * GIB),
-         ["--config.optim.offload=True (now False)", "--config.data.seq_len=256 (now 512)"]),
+         ["--config.optim.offload=True (now False)", "--config.train.remat=host (now block)",
+          "--config.data.seq_len=256 (now 512)"]),
         (MESH, replace(config(), optim=OptimConfig(offload=True)),
          replace(SIZES, optimiser=12 * GIB), []),
     ],

@@ -37,7 +37,7 @@ class Memory:
     activations: int
     total: int | None = None  # the compiler's; where the state alone is too large, the least
     hbm: int | None = None  # the compiler's where it refuses, else that of the table
-    host: int = 0  # moments under optim.offload
+    host: int = 0  # moments under optim.offload, inputs of blocks under train.remat=host
 
     @property
     def state(self) -> int:
@@ -62,19 +62,21 @@ def count(layout: Layout) -> Memory:
     state = layout.state()
     opt_state = jax.tree.leaves(state.opt_state)
     offloaded = [a for a in opt_state if a.sharding.memory_kind == HOST]
+    kept, kept_on_host = activations(layout)
     return Memory(
         parameters=_on_device(state.params),
         optimiser=_on_device(opt_state) - _on_device(offloaded),
-        host=_on_device(offloaded),
+        host=_on_device(offloaded) + kept_on_host,
         teacher=_on_device(layout.teacher.params) if layout.teacher else 0,
         rows=_on_device(layout.batch()),
         gradients=_on_device(layout.trained()),
-        activations=activations(layout),
+        activations=kept,
     )
 
 
-def activations(layout: Layout) -> int:
-    """Bytes that one micro-batch's forward pass keeps for its backward pass on one device.
+def activations(layout: Layout) -> tuple[int, int]:
+    """Bytes that one micro-batch's forward pass keeps for its backward pass on one device, and in
+    host memory for it.
 
     They are the residuals that depend on the batch and are not of a parameter's shape: the others
     are parameters, counted already, and gradients of the unembedding, which the losses take early.
@@ -101,8 +103,12 @@ def activations(layout: Layout) -> int:
     with jax.set_mesh(one):
         jaxpr = jax.make_jaxpr(residuals)(batch, trained, frozen, teacher).jaxpr
     weights = {a.shape for a in (*student.values(), *teacher.values())}
-    kept = (var.aval for var in _kept(jaxpr, len(batch)) if var.aval.shape not in weights)
-    return sum(a.size * a.dtype.itemsize for a in kept)
+    sizes = {False: 0, True: 0}
+    for aval in (var.aval for var in _kept(jaxpr, len(batch))):
+        if aval.shape not in weights:
+            on_host = aval.memory_space == jax.memory.Space.Host
+            sizes[on_host] += aval.size * aval.dtype.itemsize
+    return sizes[False], sizes[True]
 
 
 def _shapes(params: Params) -> Params:
@@ -186,7 +192,7 @@ def advice(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> Iterator[str
         ratio = (memory.total - memory.state) / max(memory.hbm - memory.state, 1)
         more = _accum(cfg, split, ratio)
         yield f"smaller micro-batches, --config.train.accum={more} (now {cfg.train.accum})"
-    if cfg.train.remat != "block":
+    if cfg.train.remat in ("none", "dots"):
         yield f"keep less for the backward pass, --config.train.remat=block (now {cfg.train.remat})"
     now = cfg.train.loss_chunk
     less = min(now, max(rows, 1) * cfg.data.seq_len // mesh["context"]) // 2
@@ -194,6 +200,8 @@ def advice(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> Iterator[str
         yield f"fewer logits at a time, --config.train.loss_chunk={less} (now {now})"
     if helps:
         yield offload
+    if cfg.train.remat == "block" and memory.total - memory.activations <= memory.hbm:
+        yield "keep inputs of blocks in host memory, --config.train.remat=host (now block)"
     if rows <= 1:
         length = cfg.data.seq_len
         yield f"shorter rows, --config.data.seq_len={length // 2} (now {length})"
