@@ -1,12 +1,13 @@
 """Memory and tokens/s of extend-stage training at long rows on one GPU, student and teacher shape.
 
     python -m experiments.long_context --results=results/scale/train_h100.json \\
-        [--limit=1200] [--add] [--cache=runs/long_context/cache] [kernels.attention=xla ...]
+        [--limit=1200] [--add] [--also=train.remat=host@524288] [kernels.attention=xla ...]
 
 The real step of `configs/qwen3_1p7b/extend.py` with random weights, one row of one document: each
 case (`experiments.long_case`) is a process of its own, so that running out of memory ends that case
-alone and its peak is its own. After the listed lengths the longest row of the student that fits is
-searched. The file is written after every case; with `--add` its cases are not repeated.
+alone and its peak is its own. After the listed lengths, and other rows of the student that `--also`
+names, the longest row that fits is searched. The file is written after every case; with `--add` its
+cases are not repeated.
 
 No case is begun when `--limit` seconds are over, and one under way is cut then. `--ahead=8`
 compiles the listed cases first, so many at a time, and measures what they saved: only where XLA
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.long_case import CONFIG, SHAPES
 from hydrajax.checkpoint import make_lineage
@@ -36,12 +37,27 @@ MULTIPLE = 32_768  # the longest row is searched among these
 # grows keeps what came first in pieces, and has no room in one for the step.
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
 Row = dict[str, Any]
-Key = tuple[str, int]  # shape and tokens
+
+
+class Key(NamedTuple):
+    """What tells the cases of a file apart."""
+
+    shape: str
+    tokens: int
+    changes: tuple[str, ...] = ()  # of the config, beside those of all cases
+
+    @property
+    def name(self) -> str:
+        return "_".join((self.shape, str(self.tokens), *self.changes))
+
+
+def key_of(row: Row) -> Key:
+    return Key(row["shape"], row["tokens"], tuple(row.get("changes", ())))
 
 
 def order(lengths: tuple[int, ...], shapes: tuple[str, ...] = SHAPES) -> list[Key]:
     """All shapes of the shortest rows first."""
-    return [(shape, tokens) for tokens in sorted(lengths) for shape in shapes]
+    return [Key(shape, tokens) for tokens in sorted(lengths) for shape in shapes]
 
 
 def next_probe(known: dict[int, bool], guess: int | None, multiple: int = MULTIPLE) -> int | None:
@@ -65,7 +81,7 @@ def next_probe(known: dict[int, bool], guess: int | None, multiple: int = MULTIP
 
 def guess_of(rows: list[Row], multiple: int = MULTIPLE) -> int | None:
     """The longest multiple whose program should fit, by a line through the two longest students."""
-    sized = {r["tokens"]: r for r in rows if r["shape"] == "student" and "compiled_bytes" in r}
+    sized = {r["tokens"]: r for r in students(rows) if "compiled_bytes" in r}
     if len(sized) < 2 or any("bytes_limit" not in row for row in sized.values()):
         return None
     shorter, longer = (sized[tokens] for tokens in sorted(sized)[-2:])
@@ -78,26 +94,33 @@ def guess_of(rows: list[Row], multiple: int = MULTIPLE) -> int | None:
     return int((longer["tokens"] + room / slope) // multiple * multiple) or None
 
 
-def fits_of(rows: list[Row]) -> dict[int, bool]:
+def students(rows: list[Row], changes: tuple[str, ...] = ()) -> list[Row]:
+    return [r for r in rows if r["shape"] == "student" and key_of(r).changes == changes]
+
+
+def fits_of(rows: list[Row], changes: tuple[str, ...] = ()) -> dict[int, bool]:
     """Which lengths of the student fit, of those that were tried to the end."""
-    return {
-        r["tokens"]: r["fits"]
-        for r in rows
-        if r["shape"] == "student" and r.get("fits") is not None
-    }
+    tried = students(rows, changes)
+    return {r["tokens"]: r["fits"] for r in tried if r.get("fits") is not None}
 
 
 def summary(rows: list[Row]) -> dict[str, float]:
-    """Rates of both shapes by length, the student's MFU, and the longest row of it that ran."""
+    """Rates of both shapes by length, the student's MFU, and the longest row of it that ran.
+
+    Names end with the changes of a case that has some.
+    """
     out = {}
     for row in rows:
         if row.get("fits") and not row.get("searched"):
-            name = f"{row['tokens'] // 1024}k"
+            name = " ".join((f"{row['tokens'] // 1024}k", *key_of(row).changes))
             out[f"{row['shape']}_tokens_per_s_{name}"] = row["tokens_per_s"]
             if row["shape"] == "student" and row.get("mfu") is not None:
                 out[f"mfu_{name}"] = row["mfu"]
-    longest = max((tokens for tokens, fits in fits_of(rows).items() if fits), default=None)
-    return out if longest is None else out | {"max_context": longest}
+    for changes in dict.fromkeys(key_of(row).changes for row in rows):
+        ran = [tokens for tokens, fits in fits_of(rows, changes).items() if fits]
+        if ran:
+            out[" ".join(("max_context", *changes))] = max(ran)
+    return out
 
 
 def story(rows: list[Row], guess: int | None, why: str, multiple: int = MULTIPLE) -> dict[str, Any]:
@@ -127,7 +150,7 @@ class Runner:
         """One that cannot be compiled is left to `measure`, which tells why."""
 
         def compile_one(key: Key) -> None:
-            path = self.args.root / f"{key[0]}_{key[1]}.program"
+            path = self.args.root / f"{key.name}.program"
             if self._call(key, "compile", f"--save={path}")[0] == 0:
                 self.programs[key] = path
 
@@ -137,7 +160,7 @@ class Runner:
 
     def measure(self, key: Key, steps: int) -> Row | None:
         """The row of a case, with `error` where it failed; None where the time was over."""
-        out = self.args.root / f"{key[0]}_{key[1]}.json"
+        out = self.args.root / f"{key.name}.json"
         out.unlink(missing_ok=True)
         options = [f"--out={out}", f"--steps={steps}", f"--seconds={self.args.seconds}"]
         program = self.programs.pop(key, None)
@@ -149,21 +172,19 @@ class Runner:
         if code or not out.is_file():
             lines = log.read_text(errors="replace").strip().splitlines()
             last = " ".join(lines[-1:])[-500:]
-            return {
-                "shape": key[0], "tokens": key[1], "error": f"exit code {code}: {last}"
-            }  # fmt: skip
-        return json.loads(out.read_text())
+            return _facts(key) | {"error": f"exit code {code}: {last}"}
+        return json.loads(out.read_text()) | _facts(key)
 
     def _call(self, key: Key, what: str, *options: str) -> tuple[int | None, Path]:
         """Exit code, None where it was cut, and the log."""
-        args, log = self.args, self.logs / f"{key[0]}_{key[1]}_{what}.log"
+        args, log = self.args, self.logs / f"{key.name}_{what}.log"
         left = self.clock.left()
         if left <= 0:
             return None, log
         command = [
-            sys.executable, "-m", "experiments.long_case", f"--shape={key[0]}",
-            f"--tokens={key[1]}", f"--config={args.config}", f"--documents={args.documents}",
-            f"--cache={args.cache}", *options, *args.changes,
+            sys.executable, "-m", "experiments.long_case", f"--shape={key.shape}",
+            f"--tokens={key.tokens}", f"--config={args.config}", f"--documents={args.documents}",
+            f"--cache={args.cache}", *options, *args.changes, *key.changes,
         ]  # fmt: skip
         environment = MEMORY | os.environ
         if what == "compile":
@@ -179,11 +200,18 @@ class Runner:
         return done.returncode, log
 
 
+def _facts(key: Key) -> Row:
+    return {"shape": key.shape, "tokens": key.tokens} | (
+        {"changes": list(key.changes)} if key.changes else {}
+    )
+
+
 def measure_all(runner: Runner, rows: list[Row], args: argparse.Namespace) -> Iterator[Row]:
     """Rows of the listed cases that `rows` lacks, then those of the search, as they are there."""
-    done = {(row["shape"], row["tokens"]) for row in rows if "error" not in row}
+    done = {key_of(row) for row in rows if "error" not in row}
     rows = list(rows)
-    left = [key for key in order(args.lengths, args.shapes) if key not in done]
+    wanted = dict.fromkeys([*order(args.lengths, args.shapes), *args.also])
+    left = [key for key in wanted if key not in done]
     runner.compile_ahead(left)
     for key in left:
         row = runner.measure(key, args.steps)
@@ -192,7 +220,7 @@ def measure_all(runner: Runner, rows: list[Row], args: argparse.Namespace) -> It
         rows.append(row)
         yield row
     while args.search and (tokens := next_probe(fits_of(rows), guess_of(rows))) is not None:
-        row = runner.measure(("student", tokens), 0)
+        row = runner.measure(Key("student", tokens), 0)
         if row is None:
             return
         rows.append(row | {"searched": True})
@@ -224,7 +252,7 @@ def make_meta(args: argparse.Namespace) -> dict[str, Any]:
     meta = make_lineage(["python", "-m", "experiments.long_context", *sys.argv[1:]], None)
     del meta["parent"], meta["parent_hash"]
     meta["versions"] |= versions(PACKAGES)
-    names = ("XLA_FLAGS", *MEMORY)
+    names = ("XLA_FLAGS", "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", *MEMORY)
     return meta | ({"commit": args.commit} if args.commit else {}) | {
         "device": "",  # the first case tells
         "seeds": {"weights": 0, "heads": 0, "tokens": 0},
@@ -244,6 +272,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--lengths", type=_lengths, default=LENGTHS, help="tokens, comma between")
     parser.add_argument("--shapes", type=_shapes, default=SHAPES, help=f"of {','.join(SHAPES)}")
+    parser.add_argument(
+        "--also", type=_also, action="extend", default=[], metavar="[KEY=VALUE,...@]TOKENS,...",
+        help="rows of the student, with changes of the config of their own; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--documents", type=int, default=1, help="in a row, of one length")
     parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
     parser.add_argument("--seconds", type=float, default=100.0, help="for the steps of one case")
@@ -262,6 +294,12 @@ def _lengths(text: str) -> tuple[int, ...]:
     if min(lengths) < 2:
         raise argparse.ArgumentTypeError(f"expected numbers of tokens, got {text}")
     return lengths
+
+
+def _also(text: str) -> list[Key]:
+    changes, _, lengths = text.rpartition("@")
+    given = tuple(change for change in changes.split(",") if change)
+    return [Key("student", tokens, given) for tokens in _lengths(lengths)]
 
 
 def _shapes(text: str) -> tuple[str, ...]:
@@ -302,7 +340,7 @@ def _check_device(meta: dict, rows: list[Row], path: Path) -> None:
 
 def line(row: Row) -> str:
     """A case on the screen."""
-    head = f"{row['shape']:<13} {row['tokens']:>8}  "
+    head = " ".join((f"{row['shape']:<13} {row['tokens']:>8}", *key_of(row).changes, " "))
     if "error" in row:
         return head + row["error"]
     if not row["fits"]:

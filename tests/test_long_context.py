@@ -10,7 +10,16 @@ import pytest
 
 from experiments import long_case, long_context
 from experiments.long_case import Case, asked_bytes, time_steps
-from experiments.long_context import MULTIPLE, guess_of, next_probe, order, story, summary
+from experiments.long_context import (
+    MULTIPLE,
+    Key,
+    fits_of,
+    guess_of,
+    next_probe,
+    order,
+    story,
+    summary,
+)
 from hydrajax.typing import UserError
 
 SMOKE = "configs/qwen3_1p7b/extend.py:smoke"
@@ -23,7 +32,7 @@ def row(shape, tokens, fits=True, **more):
 
 def test_short_rows_of_both_shapes_come_first():
     found = order((64 * K, 16 * K))
-    assert found == [(s, t * K) for t in (16, 64) for s in ("student", "teacher_shape")]
+    assert found == [Key(s, t * K) for t in (16, 64) for s in ("student", "teacher_shape")]
 
 
 @pytest.mark.parametrize("limit", [100, 256, 270, 300, 352, 512, 831, 2000])
@@ -73,6 +82,30 @@ def test_the_summary_has_the_names_of_what_ran():
         "max_context": 288 * K,
     }
     assert summary([row("student", 16 * K, fits=False)]) == {}
+
+
+def test_rows_with_changes_of_their_own_stand_apart():
+    first, second = ["train.remat=host"], ["train.remat=host", "optim.offload=True"]
+    rows = [
+        row("student", 64 * K, tokens_per_s=3.0, mfu=0.3, compiled_bytes=30, bytes_limit=80),
+        row("student", 512 * K, tokens_per_s=1.0, mfu=0.1, compiled_bytes=9, changes=first),
+        row("student", 512 * K, tokens_per_s=2.0, mfu=0.2, changes=second),
+        row("student", 768 * K, fits=False, changes=second),
+    ]
+    assert summary(rows) == {
+        "student_tokens_per_s_64k": 3.0, "mfu_64k": 0.3, "max_context": 64 * K,
+        "student_tokens_per_s_512k train.remat=host": 1.0, "mfu_512k train.remat=host": 0.1,
+        "max_context train.remat=host": 512 * K,
+        "student_tokens_per_s_512k train.remat=host optim.offload=True": 2.0,
+        "mfu_512k train.remat=host optim.offload=True": 0.2,
+        "max_context train.remat=host optim.offload=True": 512 * K,
+    }  # fmt: skip
+    assert fits_of(rows) == {64 * K: True} and guess_of(rows) is None
+    given = long_context.parse(
+        ["--results=x.json", f"--also={','.join(second)}@1024,2048", "--also=4096"]
+    ).also
+    with_changes = [Key("student", tokens, tuple(second)) for tokens in (1024, 2048)]
+    assert given == [*with_changes, Key("student", 4096)]
 
 
 def test_what_was_not_tried_is_said():
@@ -183,13 +216,15 @@ def test_a_student_is_measured_in_a_process_of_its_own_and_kept(monkeypatch, tmp
     arguments = [
         f"--results={tmp_path / 'x.json'}", f"--root={tmp_path}", f"--cache={tmp_path / 'cache'}",
         f"--config={SMOKE}", "--shapes=student", "--lengths=64", "--steps=1", "--no-search",
-        f"--ahead={ahead}",
+        f"--ahead={ahead}", "--also=train.remat=host@64",
         "model.num_layers=1",
         "kernels.gated_delta_rule=reference", "kernels.attention=reference",
     ]  # fmt: skip
     long_context.main(arguments)
     report = json.loads((tmp_path / "x.json").read_text())
-    (found,) = report["rows"]
+    found, on_host = report["rows"]
+    assert on_host["changes"] == ["train.remat=host"] and on_host["remat"] == "host"
+    assert on_host["metrics_of_first_step"]["loss"] == found["metrics_of_first_step"]["loss"]
     assert report["summary"]["student_tokens_per_s_0k"] == found["tokens_per_s"] > 0
     assert found["metrics_of_first_step"]["loss"] == pytest.approx(np.log(259), rel=0.05)
     assert found["fa_heads"] == [2] and found["warmed_up"] and len(found["steps_s"]) == 1
