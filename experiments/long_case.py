@@ -167,6 +167,8 @@ def save_program(layout: Layout, path: Path) -> dict[str, Any]:
 
 def load_program(path: Path) -> tuple[Any, dict[str, Any]]:
     """What `compile_case` gave the process that saved it, without its minutes."""
+    from jax.experimental.pallas import mosaic_gpu  # noqa: F401  tells XLA where its runtime lies
+
     program, found = pickle.loads(path.read_bytes())
     return deserialize_and_load(*program, execution_devices=jax.devices()[:1]), found
 
