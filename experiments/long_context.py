@@ -19,9 +19,11 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from experiments.long_case import CONFIG, SHAPES
@@ -48,7 +50,9 @@ class Key(NamedTuple):
 
     @property
     def name(self) -> str:
-        return "_".join((self.shape, str(self.tokens), *self.changes))
+        """Of its files."""
+        changes = f"{zlib.crc32(' '.join(self.changes).encode()):08x}" if self.changes else ""
+        return "_".join(filter(None, (self.shape, str(self.tokens), changes)))
 
 
 def key_of(row: Row) -> Key:
@@ -138,10 +142,10 @@ def story(rows: list[Row], guess: int | None, why: str, multiple: int = MULTIPLE
 
 
 class Runner:
-    """Runs cases in processes until the clock stops."""
+    """Runs cases in processes until the clock stops; `folder` takes compiled programs."""
 
-    def __init__(self, args: argparse.Namespace, clock: Clock):
-        self.args, self.clock = args, clock
+    def __init__(self, args: argparse.Namespace, clock: Clock, folder: Path):
+        self.args, self.clock, self.folder = args, clock, folder
         self.logs = args.root / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.programs: dict[Key, Path] = {}  # compiled ahead and not measured yet
@@ -150,7 +154,7 @@ class Runner:
         """One that cannot be compiled is left to `measure`, which tells why."""
 
         def compile_one(key: Key) -> None:
-            path = self.args.root / f"{key.name}.program"
+            path = self.folder / key.name
             if self._call(key, "compile", f"--save={path}")[0] == 0:
                 self.programs[key] = path
 
@@ -290,15 +294,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    lengths = tuple(map(int, text.split(",")))
-    if min(lengths) < 2:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 1 for part in parts):
         raise argparse.ArgumentTypeError(f"expected numbers of tokens, got {text}")
-    return lengths
+    return tuple(map(int, parts))
 
 
 def _also(text: str) -> list[Key]:
     changes, _, lengths = text.rpartition("@")
     given = tuple(change for change in changes.split(",") if change)
+    if not all("=" in change for change in given):
+        raise argparse.ArgumentTypeError(f"expected key=value before the @, got {changes}")
     return [Key("student", tokens, given) for tokens in _lengths(lengths)]
 
 
@@ -313,22 +319,23 @@ def main(arguments: list[str] | None = None) -> None:
     clock, meta = Clock(args.limit), make_meta(args)
     rows, before = earlier(args.results, subject_of(args)) if args.add else ([], [])
     meta |= {"earlier_runs": before} if before else {}
-    runner = Runner(args, clock)
     args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.root.mkdir(parents=True, exist_ok=True)
     failed, report = [], {}
-    for row in measure_all(runner, rows, args):
-        rows = [*rows, row | {"date": meta["date"]}]
-        failed += [row["error"]] if "error" in row else []
-        _check_device(meta, rows, args.results)
-        report = {"meta": meta, "rows": rows, "summary": summary(rows)}
-        why = "a case failed" if failed else "the time was over"
-        why = why if args.search else "nothing was searched"
-        report["search"] = story(rows, guess_of(rows), why)
-        write_atomic(args.results, (json.dumps(report, indent=1) + "\n").encode())
-        print(f"{args.limit - clock.left():7.1f} s  {line(row)}", flush=True)
+    with TemporaryDirectory(dir=args.root) as programs:
+        for row in measure_all(Runner(args, clock, Path(programs)), rows, args):
+            rows = [*rows, row | {"date": meta["date"]}]
+            failed += [row["error"]] if "error" in row else []
+            _check_device(meta, rows, args.results)
+            report = {"meta": meta, "rows": rows, "summary": summary(rows)}
+            why = "a case failed" if failed else "the time was over"
+            why = why if args.search else "nothing was searched"
+            report["search"] = story(rows, guess_of(rows), why)
+            write_atomic(args.results, (json.dumps(report, indent=1) + "\n").encode())
+            print(f"{args.limit - clock.left():7.1f} s  {line(row)}", flush=True)
     print(json.dumps({key: report.get(key) for key in ("summary", "search")}, indent=1))
     if failed:
-        sys.exit(f"{len(failed)} cases failed, see {runner.logs}: {'; '.join(failed)}")
+        sys.exit(f"{len(failed)} cases failed, see {args.root}/logs: {'; '.join(failed)}")
 
 
 def _check_device(meta: dict, rows: list[Row], path: Path) -> None:

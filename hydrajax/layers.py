@@ -70,7 +70,7 @@ class SwiGLU(nnx.Module):
 
 
 def project(equation: str, x: Array, w: nnx.Param, b: nnx.Param | None = None) -> Array:
-    """einsum of an activation with a master weight, in the activation's dtype; b is added in fp32.
+    """einsum of an activation with a master weight, in the activation's dtype; b added in fp32.
 
     In x's dtype XLA for GPUs adds a bias of heads inside the matmul, as a matrix: it writes one
     of the output's size for every layer, and all of them at the start of the program.

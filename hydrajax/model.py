@@ -36,6 +36,8 @@ DEFAULT_KERNELS = KernelConfig()
 # and as many gradients, beside all that the attention of the layer keeps.
 MLP_TOKENS = 16_384
 
+BLOCK_INPUT = "block_input"  # as `checkpoint_name` marks it for REMAT["host"]
+
 # Where tokens are split, a GDN layer's states between devices are kept: small, and dear to redo.
 _KEPT = ["gdn_parts"]
 _PARTS = jax.checkpoint_policies.save_only_these_names(*_KEPT)
@@ -47,7 +49,7 @@ REMAT = {
     "block": _PARTS,
     "host": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=_KEPT,
-        names_which_can_be_offloaded=["block_in"],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
         offload_src="device",
         offload_dst=HOST,
     ),
@@ -158,7 +160,7 @@ class Model(nnx.Module):
         seq = self.sequence(tokens.shape, segment_ids, positions, training)
 
         def run(block: Block, x: Array) -> tuple[Array, dict[str, Array]]:
-            x, seen = block(checkpoint_name(x, "block_in"), seq)
+            x, seen = block(checkpoint_name(x, BLOCK_INPUT), seq)
             kept = {name: seen[name] for name in taps}
             return x, kept if tap_at is None else {k: _gather(v, tap_at) for k, v in kept.items()}
 

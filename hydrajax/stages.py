@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from hydrajax.config import StageConfig
 from hydrajax.losses import (
@@ -21,7 +22,7 @@ from hydrajax.losses import (
     chunked_kl,
     next_tokens,
 )
-from hydrajax.model import REMAT, Model
+from hydrajax.model import BLOCK_INPUT, REMAT, Model
 from hydrajax.typing import Array
 
 Batch = dict[str, Array]
@@ -49,7 +50,7 @@ def align(student: Model, teacher: Model, batch: Batch, cfg: StageConfig):
     for l, block in enumerate(student.layers):
 
         def attend(x, attn=block.attn):
-            branches = attn.branches(x, seq)
+            branches = attn.branches(checkpoint_name(x, BLOCK_INPUT), seq)
             return attn.mix(x, *branches)[0], branch_stats(branches, weights)
 
         if cfg.remat != "none":

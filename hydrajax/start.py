@@ -23,7 +23,7 @@ from hydrajax.typing import Params, UserError
 FREE_ON_RESUME = (
     "out", "train.log_every", "train.eval_every", "train.save_every", "train.keep",
     "train.profile", "train.tensorboard", "train.on_nonfinite", "mesh.", "kernels.", "select.",
-    "eval.", "hydra.chunk", "optim.offload",
+    "eval.", "hydra.chunk", "optim.offload", "train.remat",
 )  # fmt: skip
 
 # Fields of a teacher that decide the shapes of its parameters.

@@ -56,6 +56,22 @@ def test_a_shape_that_is_none_is_refused(capsys):
     assert long_context.parse(["--results=x.json"]).shapes == long_case.SHAPES
 
 
+@pytest.mark.parametrize(
+    "text, told",
+    [("abc", "numbers of tokens, got abc"), ("train.remat@64", "key=value before the @, got tr")],
+)
+def test_other_rows_that_are_none_are_refused(text, told, capsys):
+    with pytest.raises(SystemExit):
+        long_context.parse(["--results=x.json", f"--also={text}"])
+    assert f"expected {told}" in capsys.readouterr().err
+
+
+def test_files_of_cases_have_names_that_a_file_can_have():
+    cache = Key("student", 64, ("train.teacher_cache=runs/cache",))
+    names = {cache.name, Key("student", 64).name, Key("student", 64, ("optim.offload=True",)).name}
+    assert len(names) == 3 and not any("/" in name for name in names)
+
+
 def test_a_search_that_knows_nothing_tries_nothing():
     assert next_probe({}, None) is None and next_probe({16 * K: False}, None) is None
 
@@ -235,7 +251,7 @@ def test_a_student_is_measured_in_a_process_of_its_own_and_kept(monkeypatch, tmp
     if ahead:  # measured is what that process saved
         told = json.loads((tmp_path / "logs/student_64_compile.log").read_text())
         assert told == {name: found[name] for name in told} and "seconds" in told
-    assert not list(tmp_path.glob("*.program"))
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} <= {"logs", "cache"}
 
     def again(*_):
         raise AssertionError("measured again")

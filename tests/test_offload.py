@@ -160,7 +160,7 @@ def test_a_run_goes_on_with_the_other_choice(tmp_path, then, devices):
 
 
 def test_the_choice_may_change_on_resume_and_be_missing_in_what_was_written_before():
-    now = run_config("distill", dict(offload=True))
+    now = run_config("distill", dict(offload=True), remat="host")
     before = json.loads(json.dumps(to_plain(run_config("distill"))))
     check_resumable(now, before)
     del before["optim"]["offload"], before["train"]["teacher_cache"]

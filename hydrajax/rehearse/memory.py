@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from hydrajax.config import RunConfig
 from hydrajax.layout import Layout
+from hydrajax.model import bind
 from hydrajax.rehearse.chips import GIB
 from hydrajax.sharding import HOST
 from hydrajax.trainer import make_loss
@@ -37,7 +38,8 @@ class Memory:
     activations: int
     total: int | None = None  # the compiler's; where the state alone is too large, the least
     hbm: int | None = None  # the compiler's where it refuses, else that of the table
-    host: int = 0  # moments under optim.offload, inputs of blocks under train.remat=host
+    inputs: int = 0  # of blocks: among `activations`, with train.remat=host in host memory instead
+    host: int = 0  # moments under optim.offload
 
     @property
     def state(self) -> int:
@@ -62,30 +64,41 @@ def count(layout: Layout) -> Memory:
     state = layout.state()
     opt_state = jax.tree.leaves(state.opt_state)
     offloaded = [a for a in opt_state if a.sharding.memory_kind == HOST]
-    kept, kept_on_host = activations(layout)
     return Memory(
         parameters=_on_device(state.params),
         optimiser=_on_device(opt_state) - _on_device(offloaded),
-        host=_on_device(offloaded) + kept_on_host,
+        host=_on_device(offloaded),
         teacher=_on_device(layout.teacher.params) if layout.teacher else 0,
         rows=_on_device(layout.batch()),
         gradients=_on_device(layout.trained()),
-        activations=kept,
+        activations=activations(layout),
+        inputs=inputs_of_blocks(layout),
     )
 
 
-def activations(layout: Layout) -> tuple[int, int]:
-    """Bytes that one micro-batch's forward pass keeps for its backward pass on one device, and in
-    host memory for it.
+def inputs_of_blocks(layout: Layout) -> int:
+    """Bytes of one micro-batch's on one device."""
+    cfg = bind(layout.student.graphdef, layout.student.params).cfg
+    dtype = jnp.dtype(layout.programs.run.train.compute_dtype)
+    return cfg.num_layers * math.prod(_micro_batch(layout)) * cfg.width * dtype.itemsize
+
+
+def _micro_batch(layout: Layout) -> tuple[int, int]:
+    """Rows and tokens of one on one device."""
+    cfg, mesh = layout.programs.run, layout.mesh
+    rows = cfg.data.rows // cfg.train.accum // (mesh.shape["data"] * mesh.shape["fsdp"])
+    return max(rows, 1), cfg.data.seq_len // mesh.shape["context"]
+
+
+def activations(layout: Layout) -> int:
+    """Bytes that one micro-batch's forward pass keeps for its backward pass on one device.
 
     They are the residuals that depend on the batch and are not of a parameter's shape: the others
     are parameters, counted already, and gradients of the unembedding, which the losses take early.
     """
-    cfg, mesh = layout.programs.run, layout.mesh
-    rows = cfg.data.rows // cfg.train.accum // (mesh.shape["data"] * mesh.shape["fsdp"])
-    tokens = cfg.data.seq_len // mesh.shape["context"]
+    mesh, rows_and_tokens = layout.mesh, _micro_batch(layout)
     batch = {
-        name: jax.ShapeDtypeStruct((max(rows, 1), tokens, *a.shape[2:]), a.dtype)
+        name: jax.ShapeDtypeStruct((*rows_and_tokens, *a.shape[2:]), a.dtype)
         for name, a in layout.batch().items()
     }
     student, trained = _shapes(layout.student.params), _shapes(layout.trained())
@@ -103,12 +116,12 @@ def activations(layout: Layout) -> tuple[int, int]:
     with jax.set_mesh(one):
         jaxpr = jax.make_jaxpr(residuals)(batch, trained, frozen, teacher).jaxpr
     weights = {a.shape for a in (*student.values(), *teacher.values())}
-    sizes = {False: 0, True: 0}
-    for aval in (var.aval for var in _kept(jaxpr, len(batch))):
-        if aval.shape not in weights:
-            on_host = aval.memory_space == jax.memory.Space.Host
-            sizes[on_host] += aval.size * aval.dtype.itemsize
-    return sizes[False], sizes[True]
+    kept = (
+        var.aval
+        for var in _kept(jaxpr, len(batch))
+        if var.aval.shape not in weights and var.aval.memory_space != jax.memory.Space.Host
+    )
+    return sum(a.size * a.dtype.itemsize for a in kept)
 
 
 def _shapes(params: Params) -> Params:
@@ -162,7 +175,7 @@ def refusal(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> str:
     parts = ", ".join(
         f"{name} {value / GIB:.2f}"
         for name, value in memory.facts().items()
-        if name not in ("total", "hbm", "other", "host") and value >= GIB / 200
+        if name not in ("total", "hbm", "other", "host", "inputs") and value >= GIB / 200
     )
     least = "at least " if memory.state > memory.hbm else ""  # then it was not compiled
     knobs = "; or ".join((*advice(cfg, mesh, memory), "take a topology with more devices"))
@@ -200,7 +213,7 @@ def advice(cfg: RunConfig, mesh: dict[str, int], memory: Memory) -> Iterator[str
         yield f"fewer logits at a time, --config.train.loss_chunk={less} (now {now})"
     if helps:
         yield offload
-    if cfg.train.remat == "block" and memory.total - memory.activations <= memory.hbm:
+    if cfg.train.remat == "block" and memory.total - memory.inputs <= memory.hbm:
         yield "keep inputs of blocks in host memory, --config.train.remat=host (now block)"
     if rows <= 1:
         length = cfg.data.seq_len

@@ -69,6 +69,16 @@ def _expected(layout: Layout, student: Subject, program: Program) -> dict:
     }
 
 
+def in_host_memory(row: dict) -> dict[str, int]:
+    """Bytes for one device by what they are: moments, and inputs of a micro-batch's blocks."""
+    memory = row["memory_bytes"]
+    sizes = {
+        "optimiser": memory.get("host", 0),
+        "activations": memory.get("inputs", 0) if row["remat"] == "host" else 0,
+    }
+    return {name: size for name, size in sizes.items() if size}
+
+
 def screen(row: dict) -> str:
     """What the command prints of a row."""
     memory = row["memory_bytes"]
@@ -81,11 +91,10 @@ def screen(row: dict) -> str:
         f"HBM, GiB      {named}  total {memory['total'] / GIB:.2f} of {memory['hbm'] / GIB:.2f}",
         f"seconds       {_pairs(row['seconds'])}",
     ]
-    if memory["host"]:
+    if on_host := in_host_memory(row):
+        named = "  ".join(f"{name} {size / GIB:.2f}" for name, size in on_host.items())
         lines.insert(
-            3,
-            f"host, GiB     optimiser {memory['host'] / GIB:.2f}: crosses the link to the host and "
-            "back once a step, in no time below",
+            3, f"host, GiB     {named}: cross the link to the host and back, in no time below"
         )
     return "\n".join(lines + (_expectation_lines(row) if row["fits"] else []))
 
