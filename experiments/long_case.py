@@ -3,8 +3,9 @@
     python -m experiments.long_case --shape=student --tokens=262144 --target=tests/h100.txtpb
 
 With `--target` the step is compiled for a GPU that is not there and its memory printed; without, it
-runs on the first device: a step that is not timed, then some that are. Weights are drawn on the
-device, tokens too; a row is one document, or `--documents` of one length.
+runs on the first device: a step that is not timed, then some that are. `--save` compiles it for
+that device into a file, from which `--program` takes it. Weights are drawn on the device, tokens
+too; a row is one document, or `--documents` of one length.
 
     student         the config's hydra flags, its share of heads full attention, drawn
     teacher_shape   every head full attention, no gates: the teacher, trained by the same optimiser

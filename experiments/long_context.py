@@ -323,7 +323,8 @@ def main(arguments: list[str] | None = None) -> None:
     args.root.mkdir(parents=True, exist_ok=True)
     failed, report = [], {}
     with TemporaryDirectory(dir=args.root) as programs:
-        for row in measure_all(Runner(args, clock, Path(programs)), rows, args):
+        runner = Runner(args, clock, Path(programs))
+        for row in measure_all(runner, rows, args):
             rows = [*rows, row | {"date": meta["date"]}]
             failed += [row["error"]] if "error" in row else []
             _check_device(meta, rows, args.results)
@@ -335,7 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{args.limit - clock.left():7.1f} s  {line(row)}", flush=True)
     print(json.dumps({key: report.get(key) for key in ("summary", "search")}, indent=1))
     if failed:
-        sys.exit(f"{len(failed)} cases failed, see {args.root}/logs: {'; '.join(failed)}")
+        sys.exit(f"{len(failed)} cases failed, see {runner.logs}: {'; '.join(failed)}")
 
 
 def _check_device(meta: dict, rows: list[Row], path: Path) -> None:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from hydrajax.rehearse.chips import CHIPS, GIB
-from hydrajax.rehearse.report import in_host_memory
+from hydrajax.rehearse.report import bytes_on_host
 from hydrajax.sharding import MESH_AXES
 
 REPO = Path(__file__).resolve().parents[1]
@@ -120,7 +120,7 @@ def _memory(name: str, row: dict, level: str) -> str:
     names = ("parameters", "optimiser", "teacher", "activations", "other")
     cells = (row["memory_bytes"][key] for key in names)
     cells = ["–" if cell is None else f"{cell / GIB:.2f}" for cell in cells]
-    for part, host in in_host_memory(row).items():
+    for part, host in bytes_on_host(row).items():
         cells[names.index(part)] += f" and {host / GIB:.2f} in host memory"
     text = " | ".join(cells)
     return f"| {name} | {text} | {sum(row['seconds'].values()):.0f} | {level} |"

@@ -69,7 +69,7 @@ def _expected(layout: Layout, student: Subject, program: Program) -> dict:
     }
 
 
-def in_host_memory(row: dict) -> dict[str, int]:
+def bytes_on_host(row: dict) -> dict[str, int]:
     """Bytes for one device by what they are: moments, and inputs of a micro-batch's blocks."""
     memory = row["memory_bytes"]
     sizes = {
@@ -91,7 +91,7 @@ def screen(row: dict) -> str:
         f"HBM, GiB      {named}  total {memory['total'] / GIB:.2f} of {memory['hbm'] / GIB:.2f}",
         f"seconds       {_pairs(row['seconds'])}",
     ]
-    if on_host := in_host_memory(row):
+    if on_host := bytes_on_host(row):
         named = "  ".join(f"{name} {size / GIB:.2f}" for name, size in on_host.items())
         lines.insert(
             3, f"host, GiB     {named}: cross the link to the host and back, in no time below"
