@@ -33,6 +33,7 @@ from hydrajax.rehearse import memory as hbm
 from hydrajax.rehearse.chips import CHIPS, GIB, chip_of
 from hydrajax.rehearse.hlo import Program
 from hydrajax.rehearse.memory import Memory, advice, overflow, refusal
+from hydrajax.rehearse.report import bytes_on_host
 from hydrajax.rehearse.roofline import roofline
 from hydrajax.rehearse.step import drawn_plan, implementations, subjects
 from hydrajax.rehearse.traffic import collectives
@@ -169,6 +170,13 @@ def test_advice_fits_what_is_too_large(mesh, cfg, memory, knobs):
     assert len(given) == len(knobs)
     for text, knob in zip(given, knobs, strict=True):
         assert text.endswith(knob)
+
+
+def test_what_is_in_host_memory_is_named_by_what_it_is():
+    row = {"remat": "host", "memory_bytes": {"host": 5, "inputs": 3}}
+    assert bytes_on_host(row) == {"optimiser": 5, "activations": 3}
+    assert bytes_on_host(row | {"remat": "block"}) == {"optimiser": 5}
+    assert bytes_on_host(row | {"memory_bytes": {}}) == {}  # of results before these keys
 
 
 def test_roofline_by_hand():
