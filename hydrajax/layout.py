@@ -23,6 +23,7 @@ from hydrajax.sharding import (
     batch_sharding,
     check_batch,
     device_kind,
+    in_host_memory,
     param_shardings,
     replicated,
 )
@@ -96,6 +97,8 @@ class Layout:
 def lay_out(cfg: RunConfig, mesh: Mesh, student: Design, teacher: Callable[[], Design]) -> Layout:
     """Lay a stage out on a mesh; `teacher` is asked only where the stage needs one."""
     dtype = jnp.dtype(cfg.train.compute_dtype)
+    if cfg.train.remat == "host":
+        in_host_memory(NamedSharding(mesh, P()), "train.remat=host")  # XLA's error names no knob
     placed = place(
         student, cfg.stage, mesh, dtype=dtype, remat=cfg.train.remat, kernels=cfg.kernels
     )

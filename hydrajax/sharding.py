@@ -103,15 +103,17 @@ def param_shardings(
     }
 
 
-def in_host_memory(sharding: NamedSharding) -> NamedSharding:
-    """The same parts, each in the memory of its device's host; UserError where there is none."""
+def in_host_memory(sharding: NamedSharding, knob: str) -> NamedSharding:
+    """The same parts, each in the memory of its device's host.
+
+    UserError where there is none, which names the `knob` that asks for it.
+    """
     try:
         return sharding.with_memory_kind(HOST)
     except ValueError as e:
         kind = device_kind(sharding.mesh)
         raise UserError(
-            f"optim.offload=True needs memory of kind {HOST!r} beside the devices, {kind} has none "
-            f"({e}). Set optim.offload=False."
+            f"{knob} needs memory of kind {HOST!r} beside the devices, {kind} has none ({e})."
         ) from e
 
 

@@ -120,6 +120,23 @@ def test_the_same_bits_with_the_inputs_of_blocks_on_the_host(devices):
     assert_same(found["host"], found["block"])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload, remat", [(True, "block"), (False, "host"), (True, "host")])
+def test_on_a_gpu_the_same_curve(offload, remat):
+    """To rounding: XLA fuses otherwise beside copies."""
+    curves = []
+    with jax.default_matmul_precision("highest"):
+        for choice in ((False, "block"), (offload, remat)):
+            state, curve = first(choice[0]), []
+            for seed in range(STEPS):
+                state, metrics = step_of(choice[0], 1, choice[1])(state, batch(seed=seed))
+                curve.append(means([metrics])["loss"])
+            curves.append(curve)
+    np.testing.assert_allclose(*curves, rtol=1e-4)
+    assert np.ptp(curves[0]) > 0.01 * curves[0][0]
+    assert kinds(moments(state)) == {"pinned_host" if offload else "device"}
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 def test_moments_alone_are_in_host_memory_from_the_first_state_on(devices):
     device = jax.devices()[0].default_memory().kind
@@ -170,11 +187,15 @@ def test_the_choice_may_change_on_resume_and_be_missing_in_what_was_written_befo
         check_resumable(now, before)
 
 
-def test_devices_without_such_memory_are_refused(monkeypatch):
+@pytest.mark.parametrize(
+    "knob, chosen",
+    [("optim.offload=True", dict(offload=True)), ("train.remat=host", dict(remat="host"))],
+)
+def test_devices_without_such_memory_are_refused(monkeypatch, knob, chosen):
     monkeypatch.setattr(sharding, "HOST", "no_such_memory")
-    layout(False)
-    with pytest.raises(UserError, match=r"optim.offload=True needs memory of kind .*cpu has none"):
-        layout.__wrapped__(True)
+    layout.__wrapped__(False)
+    with pytest.raises(UserError, match=f"{knob} needs memory of kind 'no_such.* cpu has none"):
+        layout.__wrapped__(**dict(offload=False) | chosen)
 
 
 def test_the_rehearsal_counts_them_in_host_memory():
