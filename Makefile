@@ -22,12 +22,13 @@ arm-%: setup  ## select → align → distill → extend for one way to choose h
 
 test: setup-dev  ## every test that this machine can run
 	$(PY) -m pytest --numprocesses=2 --dist=loadfile
+	$(PY) -m pytest -m "gpu or tpu"
 
 # jax 0.11, which the Hopper kernels need, needs Python 3.12: an environment of its own, newest jax.
 # libtpu in it compiles for TPUs, triton for NVIDIA's Ampere and Ada; none is needed.
 NEWEST := .venv-newest
 test-newest: $(NEWEST)/.installed  ## kernels in the interpreters, compiled for TPUs, Ampere and Ada
-	JAX_PLATFORMS=cpu $(NEWEST)/bin/python -m pytest tests/kernels/test_dispatch.py \
+	$(NEWEST)/bin/python -m pytest tests/kernels/test_dispatch.py \
 		tests/kernels/*mosaic* tests/kernels/*triton.py tests/kernels/*aot_tpu.py
 
 lint: setup-dev

@@ -49,8 +49,8 @@ def config(home, folder: str = "cache", **changes) -> RunConfig:
     cfg = tiny_runs.run_config("distill", steps=STEPS, teacher_cache=str(home / folder))
     data = replace(cfg.data, rows=ROWS, seq_len=SEQ_LEN, files=(str(home / "text.txt"),),
                    synthetic="recall", synthetic_share=0.25, holdout=0.2)  # fmt: skip
-    cfg = replace(cfg, teacher=str(home / "teacher"), tokenizer="bytes", data=data,
-                  mesh=MeshConfig(1, 2, 2, 2))  # fmt: skip
+    mesh = MeshConfig(1, 2, 2, 2) if jax.device_count() == 8 else MeshConfig()  # a GPU of its own
+    cfg = replace(cfg, teacher=str(home / "teacher"), tokenizer="bytes", data=data, mesh=mesh)
     for name, value in changes.items():
         section = "data" if hasattr(data, name) else "train"
         cfg = replace(cfg, **{section: replace(getattr(cfg, section), **{name: value})})

@@ -1,6 +1,10 @@
-"""Eight fake CPU devices for every test, and skips with reasons for absent hardware."""
+"""Every test on eight fake CPU devices, also where a GPU or TPU is; its own by `pytest -m gpu`.
+
+One accelerator has no room for several workers, no second device for meshes, and TF32 for float32.
+"""
 
 import os
+import re
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
@@ -13,10 +17,18 @@ import jax
 import pytest
 
 
+def pytest_configure(config):
+    """Before any backend is made; processes that tests start inherit it."""
+    if not re.search(r"(?<!not )\b(gpu|tpu)\b", config.option.markexpr):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        jax.config.update("jax_platforms", "cpu")
+
+
 def pytest_collection_modifyitems(items):
-    """`gpu` and `tpu` tests run where such a device is."""
+    """`gpu` and `tpu` tests run where they are asked for and such a device is."""
     platform = jax.devices()[0].platform
     for item in items:
         for kind in ("gpu", "tpu"):
             if item.get_closest_marker(kind) and platform != kind:
-                item.add_marker(pytest.mark.skip(reason=f"needs a {kind}, found {platform}"))
+                reason = f"pytest -m {kind} runs it where one is, found {platform}"
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -131,7 +131,8 @@ def test_a_run_does_not_go_on_with_another_cache(home):
     jax.tree.map(np.testing.assert_array_equal, next(again), next(pipeline))
 
 
-def test_a_student_taught_by_all_cached_words_walks_the_curve_of_the_teachers_own(home):
+def check_curves(home):
+    """All words of the teacher teach what it teaches itself."""
     cached = config(home, "whole", ce_weight=0.1)
     plain = config_without_cache(cached)
     curves = []
@@ -150,6 +151,16 @@ def test_a_student_taught_by_all_cached_words_walks_the_curve_of_the_teachers_ow
         curves.append(curve)
     np.testing.assert_allclose(*curves, rtol=1e-4)
     assert np.ptp(curves[0]) > 0.01 * curves[0][0]
+
+
+def test_a_student_taught_by_all_cached_words_walks_the_curve_of_the_teachers_own(home):
+    check_curves(home)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_too(tmp_path):
+    with jax.default_matmul_precision("highest"):
+        check_curves(make_home(tmp_path))
 
 
 def test_a_step_is_laid_out_without_a_teacher_and_with_its_words(home):

@@ -42,7 +42,10 @@ CALLS = [(op, spec) for op in (RULE, ATTENTION) for spec in op.specs]
 @pytest.mark.gpu
 @pytest.mark.parametrize("op, spec", CALLS)
 def test_right_and_the_same_twice(op, spec):
-    hopper.check_device(jax.devices()[0].device_kind)
+    try:
+        hopper.check_device(jax.devices()[0].device_kind)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
     op_suite.check(op, spec, "mosaic_gpu", "bfloat16")
     arrays = op_suite.draw(op, spec)
     one, two = (op_suite.evaluate(op, spec, "mosaic_gpu", arrays, "bfloat16") for _ in "ab")
