@@ -10,9 +10,6 @@ has compiled such kernels wrongly without a word (fla-org/flash-linear-attention
     H key dim   E value dim
 """
 
-import jax
-import jax.numpy as jnp
-
 from pallas_kernels.dispatch import decline
 from pallas_kernels.gated_delta_rule import triton_gpu_launch
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gates import gate_rows
@@ -56,18 +53,3 @@ def forward(params, q, k, v, g, beta, runs, initial_state):
     v_new, states, state = recurrence(k, v, gates, t_inv, initial_state)
     o = read(params.scale, q, k, gates, states, v_new)
     return o, state, t_inv, states
-
-
-def tiling(dtype, H: int, E: int) -> dict[str, int | str]:
-    """Warps of a block, W columns of a tile, and how operands are multiplied.
-
-    fp32 operands follow `jax_default_matmul_precision`: TF32 unless that asks for fp32, for which
-    Triton adds three products of TF32 parts.
-    """
-    wide = dtype == jnp.float32
-    exact = jax.config.jax_default_matmul_precision in ("highest", "float32", "F32_F32_F32")
-    return {
-        "warps": 8 if wide or max(H, E) > 64 else 4,
-        "W": 16 if wide else 32,
-        "HOW": "tf32x3" if wide and exact else "tf32",
-    }

@@ -8,6 +8,9 @@ without a GPU.
 import os
 import re
 
+import jax
+import jax.numpy as jnp
+
 from pallas_kernels.dispatch import decline, device_kind
 
 NAME = "triton_gpu"
@@ -40,6 +43,21 @@ def jax_triton():
     if not (0, 3) <= getattr(jax_triton, "__version_info__", ()) < (0, 4):
         raise decline(NAME, "needs jax-triton 0.3", getattr(jax_triton, "__version__", "none"))
     return jax_triton
+
+
+def tiling(dtype, H: int, E: int) -> dict[str, int | str]:
+    """Warps of a block, W columns of a tile, and how operands are multiplied.
+
+    fp32 operands follow `jax_default_matmul_precision`: TF32 unless that asks for fp32, for which
+    Triton adds three products of TF32 parts.
+    """
+    wide = dtype == jnp.float32
+    exact = jax.config.jax_default_matmul_precision in ("highest", "float32", "F32_F32_F32")
+    return {
+        "warps": 8 if wide or max(H, E) > 64 else 4,
+        "W": 16 if wide else 32,
+        "HOW": "tf32x3" if wide and exact else "tf32",
+    }
 
 
 def launch(kernel, operands, outputs, grid, warps, aliases=None, **constants):

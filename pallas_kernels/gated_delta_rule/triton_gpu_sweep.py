@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.gated_delta_rule.triton_gpu import tiling
-from pallas_kernels.gated_delta_rule.triton_gpu_launch import launch
+from pallas_kernels.gated_delta_rule.triton_gpu_launch import launch, tiling
 from pallas_kernels.gated_delta_rule.triton_gpu_tiles import (
     BETA,
     GATES,
