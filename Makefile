@@ -20,9 +20,8 @@ arm-%: setup  ## select → align → distill → extend for one way to choose h
 	$(PY) train.py --config=configs/tiny/distill.py:arm=$*
 	$(PY) train.py --config=configs/tiny/extend.py:arm=$*
 
-test: setup-dev  ## every test that this machine can run
+test: setup-dev  ## every test but those of a GPU (pytest -m gpu)
 	$(PY) -m pytest --numprocesses=2 --dist=loadfile
-	$(PY) -m pytest -m "gpu or tpu"
 
 # jax 0.11, which the Hopper kernels need, needs Python 3.12: an environment of its own, newest jax.
 # libtpu in it compiles for TPUs, triton for NVIDIA's Ampere and Ada; none is needed.

@@ -36,10 +36,10 @@ from hydrajax.hf.source import (
     STUDENT,
     Source,
     cast,
-    check_vocabulary,
     digest,
     open_source,
     read_params,
+    tokenizer_note,
 )
 from hydrajax.hf.target import Output, new_folder, write_json, write_weights
 from hydrajax.model import abstract_model, bind, load_model, split_params
@@ -59,7 +59,7 @@ def import_model(args: argparse.Namespace) -> int:
     with new_folder(args.out, overwrite=args.overwrite) as folder:
         for name, data in source.texts.items():
             (folder / name).write_bytes(data)
-        source.notes.append(check_vocabulary(folder, source.cfg))
+        source.notes.append(tokenizer_note(folder, source.cfg))
         params, checksums = read_params(source, args.dtype)
         with closing(CheckpointStore(folder)) as store:
             store.save(0, params=params)

@@ -25,9 +25,9 @@ from hydrajax.liveness import Liveness
 from hydrajax.loop import Loop, run_loop
 from hydrajax.metrics import MetricWriter, sparkline, train_flops_per_token
 from hydrajax.sharding import check_batch, device_kind, make_mesh
-from hydrajax.start import find_start, read_teacher
+from hydrajax.start import check_agreed, find_start, read_teacher
 from hydrajax.teacher_cache import open_cache
-from hydrajax.tokenizer import load_tokenizer, save_tokenizer
+from hydrajax.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer
 from hydrajax.trainer import TrainState
 from hydrajax.typing import UserError
 
@@ -49,13 +49,15 @@ def main(argv: list[str]) -> None:
 def train(cfg: RunConfig) -> None:
     # ---- devices -----------------------------------------------------------------------------
     mesh = make_mesh(cfg.mesh)
-    check_batch(mesh, cfg.data.rows, cfg.data.seq_len)
+    check_batch(mesh, cfg.data.rows, cfg.data.seq_len, cfg.train.accum)
     say(f"{jax.device_count()} x {device_kind(mesh)}, mesh {dict(mesh.shape)}, run {cfg.out}")
 
     # ---- data --------------------------------------------------------------------------------
-    tokenizer = load_tokenizer(cfg.tokenizer or cfg.teacher or cfg.parent)
+    words = cfg.tokenizer or cfg.teacher or cfg.parent
+    tokenizer = load_tokenizer(words)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     pipeline = make_pipeline(cfg.data, tokenizer, **process)
+    check_agreed(cfg, pipeline.identity)
 
     def calibration() -> list[dict]:
         """Training rows for the transplant, from the start of the stream, eight at a time."""
@@ -66,6 +68,7 @@ def train(cfg: RunConfig) -> None:
     # ---- what the run starts from ------------------------------------------------------------
     store = CheckpointStore(cfg.out, keep=cfg.train.keep)
     start = find_start(cfg, store, calibration)
+    check_vocabulary(tokenizer, start.model.vocab_size, words)
     say(f"start: {start.story}")
     counts = [len(heads) for heads in start.plan.fa]
     say(f"FA heads a layer {sparkline(counts, start.plan.num_heads)} "

@@ -1,5 +1,6 @@
 """Several processes as one run: start-up, agreement, signals (who is gone: `liveness`)."""
 
+import contextlib
 import json
 import os
 import signal
@@ -126,10 +127,19 @@ def _settings(env: Any) -> dict[str, Any]:
 
 
 def own_address() -> str:
-    """Address of the interface that leads outside; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # reserved for documentation, RFC 5737
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"  # no network: the processes share this machine
+    """Address at which other processes reach this machine; nothing is sent.
+
+    The one that leads to JAX's coordinator, else to the outside, else that of the host's name: a
+    cluster without a way outside has no default route, and JAX keeps to itself what it read from
+    SLURM or Open MPI.
+    """
+    host, _, port = os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")
+    outside = ("192.0.2.1", 9)  # reserved for documentation, RFC 5737
+    for target in ((host, int(port or 9)), outside, (socket.gethostname(), 9)):
+        # Without a route or a name: the next one. In /etc/hosts a name is often a loopback.
+        with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+            probe.connect(target)
+            address = str(probe.getsockname()[0])
+            if not address.startswith("127."):
+                return address
+    return "127.0.0.1"  # no network: the processes share this machine

@@ -27,7 +27,7 @@ from hydrajax.command import run_command
 from hydrajax.config import KernelConfig, ModelConfig
 from hydrajax.model import bind, load_model
 from hydrajax.sharding import one_device
-from hydrajax.tokenizer import Tokenizer, load_tokenizer
+from hydrajax.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from hydrajax.typing import Array, Bool, Float, Int, Params, UserError
 
 PIECE = 8192  # tokens that one prefill call reads at most
@@ -93,11 +93,7 @@ def open_run(
     run = load_run(folder, step)
     graphdef, params = load_model(run, dtype=dtype, kernels=kernels or KernelConfig())
     words = load_tokenizer(tokenizer or folder)
-    if words.vocab_size > run.info.model.vocab_size:
-        raise UserError(
-            f"{tokenizer or folder}: the tokenizer has {words.vocab_size} tokens, the embedding of "
-            f"{folder} only {run.info.model.vocab_size} rows; use the tokenizer of this model."
-        )
+    check_vocabulary(words, run.info.model.vocab_size, tokenizer or str(folder))
     return Loaded(run.info, run.step, graphdef, inference_params(params, dtype), words)
 
 

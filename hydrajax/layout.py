@@ -83,7 +83,7 @@ class Layout:
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """One step's rows of all processes, abstract; UserError if they cannot be split."""
         data = self.programs.run.data
-        check_batch(self.mesh, data.rows, data.seq_len)
+        check_batch(self.mesh, data.rows, data.seq_len, self.programs.run.train.accum)
         shape, sharding = (data.rows, data.seq_len), batch_sharding(self.mesh)
         ids = dict.fromkeys(("tokens", "segment_ids", "positions"), ((), jnp.int32))
         known = ids | {"loss_mask": ((), jnp.float32)}

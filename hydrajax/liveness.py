@@ -7,10 +7,13 @@ a connection to the first one; the operating system closes it with the process t
 import contextlib
 import json
 import os
+import secrets
 import selectors
 import socket
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from typing import NoReturn
 
 import jax
@@ -82,32 +85,83 @@ class Liveness:
 
 
 def _meet_guests() -> dict[int, socket.socket]:
-    with socket.create_server(("", 0), backlog=jax.process_count()) as server:
-        gather_json([own_address(), server.getsockname()[1]])
-        server.settimeout(JOIN_TIMEOUT_S)
-        links: dict[int, socket.socket] = {}
-        while len(links) < jax.process_count() - 1:
-            try:
-                link, _ = server.accept()
-            except TimeoutError:
-                missing = sorted(set(range(1, jax.process_count())) - set(links))
-                raise UserError(
-                    f"no sign of processes {missing} of {jax.process_count()} within "
-                    f"{JOIN_TIMEOUT_S:g} s. See their logs."
-                ) from None
-            link.settimeout(5)  # who connects also speaks
-            links[int(_line(link))] = link
-    return links
+    token = secrets.token_hex(16)
+    with socket.create_server(("", 0), backlog=128 + jax.process_count()) as server:
+        gather_json([own_address(), server.getsockname()[1], token])
+        return _admit(server, token, jax.process_count())
 
 
 def _meet_lead() -> dict[int, socket.socket]:
-    address = tuple(gather_json(None)[0])
+    host, port, token = gather_json(None)[0]
     try:
-        link = socket.create_connection(address, JOIN_TIMEOUT_S)
+        link = socket.create_connection((host, port), JOIN_TIMEOUT_S)
     except OSError as error:
-        raise UserError(f"process 0 cannot be reached at {address}: {error}") from error
-    link.sendall(f"{jax.process_index()}\n".encode())
+        raise UserError(f"process 0 cannot be reached at {host}:{port}: {error}") from error
+    link.sendall(_greeting(token, jax.process_index()))
     return {0: link}
+
+
+def _greeting(token: str, index: int) -> bytes:
+    """Of one length for all, so that no byte after it is read with it."""
+    return f"{token} {index:08d}\n".encode()
+
+
+def _admit(server: socket.socket, token: str, count: int) -> dict[int, socket.socket]:
+    """The connection of each guest 1..count-1; port scans and health checks connect as well."""
+    missing = {_greeting(token, index): index for index in range(1, count)}
+    links: dict[int, socket.socket] = {}
+    with contextlib.closing(_visitors(server, len(_greeting(token, 0)))) as visitors:
+        for said, link in visitors:
+            if said not in missing:
+                link.close()
+                continue
+            links[missing.pop(said)] = link
+            if not missing:
+                return links
+    raise UserError(
+        f"no sign of processes {sorted(missing.values())} of {count} within "
+        f"{JOIN_TIMEOUT_S:g} s. See their logs."
+    )
+
+
+def _visitors(server: socket.socket, length: int) -> Iterator[tuple[bytes, socket.socket]]:
+    """Who connects within `JOIN_TIMEOUT_S`, with the first `length` bytes or all that was said.
+
+    All are heard at once: one that says nothing keeps nobody waiting, and is closed at the end.
+    """
+    until = time.monotonic() + JOIN_TIMEOUT_S
+    server.setblocking(False)
+    with selectors.DefaultSelector() as selector:
+        selector.register(server, selectors.EVENT_READ)
+        try:
+            while (left := until - time.monotonic()) > 0:
+                for key, _ in selector.select(left):
+                    if key.fileobj is server:
+                        _accept(server, selector)
+                    elif (said := _whole(key, length)) is not None:
+                        selector.unregister(key.fileobj)
+                        yield said, key.fileobj
+        finally:
+            for key in selector.get_map().values():
+                if key.fileobj is not server:
+                    key.fileobj.close()
+
+
+def _accept(server: socket.socket, selector: selectors.BaseSelector) -> None:
+    with contextlib.suppress(BlockingIOError, ConnectionAbortedError):  # it has left already
+        link, _ = server.accept()
+        link.setblocking(False)
+        selector.register(link, selectors.EVENT_READ, bytearray())
+
+
+def _whole(key: selectors.SelectorKey, length: int) -> bytes | None:
+    """What a connection has said once it is `length` bytes or the other end is gone; else None."""
+    try:
+        more = key.fileobj.recv(length - len(key.data))
+    except OSError:  # gone as well
+        more = b""
+    key.data.extend(more)
+    return bytes(key.data) if len(key.data) == length or not more else None
 
 
 def _keep_alive(link: socket.socket) -> None:

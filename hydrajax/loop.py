@@ -103,8 +103,8 @@ def _log(loop: Loop, chrono: Chrono, step: int, pending: list, skipped: int) -> 
     if bad and (cfg.train.on_nonfinite == "abort" or longest >= SKIPS_ALLOWED):
         loop.store.close()
         raise UserError(
-            f"{bad} of the last {len(pending)} steps before step {step} had a gradient that is not "
-            f"finite; their updates were not applied. Last checkpoint: step "
+            f"{bad} of the last {len(pending)} steps before step {step} had a loss or gradient "
+            "that is not finite; their updates were not applied. Last checkpoint: step "
             f"{loop.store.newest_valid()} of {cfg.out}. Set train.on_nonfinite=skip to go on, or "
             "start in a new config.out with a lower optim.peak_lr."
         )

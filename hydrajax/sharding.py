@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,10 +59,38 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
         )
     types = (AxisType.Auto,) * len(sizes)
     try:
-        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+        mesh = jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
     except NotImplementedError:  # sizes that are no products of the torus' own
         placed = create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
-        return Mesh(placed, MESH_AXES, axis_types=types)
+        mesh = Mesh(placed, MESH_AXES, axis_types=types)
+    if _reads_rows_apart(mesh):
+        return mesh
+    return Mesh(_process_by_process(sizes, processes, devices), MESH_AXES, axis_types=types)
+
+
+def _reads_rows_apart(mesh: Mesh) -> bool:
+    """Whether the devices that share rows are of one process each.
+
+    On a TPU torus axes follow the links, and hosts are squares of it: they may be cut.
+    """
+    of = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    of = of.reshape(*of.shape[:2], -1)
+    return bool((of == of[:, :, :1]).all())
+
+
+def _process_by_process(sizes: Sequence[int], processes: int, devices: Sequence) -> np.ndarray:
+    """Devices of a mesh whose `context` and `model` stay inside of processes."""
+    data, fsdp, *inner = sizes
+    groups = len(devices) // processes // int(np.prod(inner))  # that share rows, in a process
+    own_fsdp = math.gcd(groups, fsdp)  # then the rest divides data
+    own = groups // own_fsdp, own_fsdp
+    return create_hybrid_device_mesh(
+        (*own, *inner),
+        (data // own[0], fsdp // own[1], 1, 1),
+        devices,
+        process_is_granule=True,
+        allow_split_physical_axes=True,
+    )
 
 
 def one_device() -> Mesh:
@@ -244,9 +272,13 @@ def per_device(op: Callable, axes_in: dict[str, Axes], axes_out: tuple[Axes, ...
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:
     """Local rows of every process become global arrays, split as `batch_sharding` says."""
     rows, tokens = batch["tokens"].shape
-    check_batch(mesh, rows * jax.process_count(), tokens)
+    rows *= jax.process_count()
+    check_batch(mesh, rows, tokens)
     sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    return {
+        k: jax.make_array_from_process_local_data(sharding, v, (rows, *v.shape[1:]))
+        for k, v in batch.items()
+    }
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -254,8 +286,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(RULES["batch"], *RULES["tokens"]))
 
 
-def check_batch(mesh: Mesh, rows: int, tokens: int) -> None:
-    """Raise UserError unless rows of so many tokens can be split over the mesh."""
+def check_batch(mesh: Mesh, rows: int, tokens: int, accum: int = 1) -> None:
+    """Raise UserError unless rows of so many tokens, and those of each of `accum` micro-batches,
+    can be split over the mesh."""
     context = mesh.shape["context"]
     if tokens % context:
         raise UserError(
@@ -269,10 +302,11 @@ def check_batch(mesh: Mesh, rows: int, tokens: int) -> None:
             f"{CONV_WIDTH - 1} tokens, what a convolution looks back; raise data.seq_len."
         )
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % parts:
+    if rows % (parts * accum):
+        cut = f" in train.accum={accum} micro-batches" if accum > 1 else ""
         raise UserError(
-            f"{rows} rows cannot be split over mesh data x fsdp = {parts}; set data.rows to a "
-            f"multiple of {parts}, or give devices to mesh.context or mesh.model."
+            f"{rows} rows{cut} cannot be split over mesh data x fsdp = {parts}; set data.rows to a "
+            f"multiple of {parts * accum}, or give devices to mesh.context or mesh.model."
         )
 
 

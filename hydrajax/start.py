@@ -14,6 +14,7 @@ import numpy as np
 
 from hydrajax.checkpoint import CheckpointStore, Run, load_run, read_config
 from hydrajax.config import HydraConfig, ModelConfig, RunConfig, to_plain
+from hydrajax.distributed import gather_json
 from hydrajax.head_plan import HeadPlan, load_plan
 from hydrajax.model import init_params, load_model
 from hydrajax.transplant import Teacher, transplant
@@ -149,6 +150,25 @@ def check_resumable(cfg: RunConfig, stored: dict[str, Any] | None) -> None:
             f"{cfg.out} holds a run with another config ({'; '.join(changed)}); restore these "
             "values to resume it, or set config.out to a new folder."
         )
+
+
+def check_agreed(cfg: RunConfig, rows: dict[str, Any]) -> None:
+    """Refuse processes of one run that were given other configs or rows than the first.
+
+    They would train apart without a word, each its own part of the parameters.
+    """
+    first, *others = gather_json(_leaves({"config": to_plain(cfg), "rows": rows}))
+    for process, given in enumerate(others, 1):
+        differs = [
+            f"{key}: expected {first.get(key)!r}, got {given.get(key)!r}"
+            for key in sorted(first.keys() | given.keys())
+            if first.get(key) != given.get(key)
+        ]
+        if differs:
+            raise UserError(
+                f"process {process} of {len(others) + 1} was not given what process 0 was "
+                f"({'; '.join(differs)}); start the same command on the same data everywhere."
+            )
 
 
 def _leaves(tree: dict, prefix: str = "") -> dict[str, Any]:

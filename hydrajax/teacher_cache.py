@@ -102,7 +102,7 @@ def make(
     if jax.process_count() > 1:
         raise UserError("A teacher cache is made in one process; start it on one host.")
     mesh, micro = make_mesh(cfg.mesh), cfg.data.rows // cfg.train.accum
-    check_batch(mesh, micro, cfg.data.seq_len)
+    check_batch(mesh, cfg.data.rows, cfg.data.seq_len, cfg.train.accum)
     tokenizer = load_tokenizer(cfg.tokenizer or cfg.teacher)
     pipeline = make_pipeline(replace(cfg.data, rows=micro), tokenizer)
     run = read_teacher(cfg)

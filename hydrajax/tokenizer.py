@@ -219,6 +219,15 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     )
 
 
+def check_vocabulary(tokenizer: Tokenizer, rows: int, name: str) -> None:
+    """Raise UserError unless a model's embedding of so many rows has one for every token."""
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{name} has ids up to {tokenizer.vocab_size - 1}, but the model's embedding has only "
+            f"{rows} rows; use the tokenizer of this model."
+        )
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Copy the tokenizer's files into a run folder, byte for byte."""
     folder = Path(folder)

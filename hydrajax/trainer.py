@@ -57,8 +57,8 @@ def make_loss(programs: Programs):
 def make_train_step(programs: Programs):
     """`step(state, teacher_params, batch) -> (state, metrics)`; jit it, donating the state.
 
-    A step whose gradient is not finite leaves parameters and moments as they were and reports
-    `nonfinite = 1`; what to do about it is the loop's choice.
+    A step whose loss or gradient is not finite leaves parameters and moments as they were and
+    reports `nonfinite = 1`; what to do about it is the loop's choice.
     """
     cfg, loss = programs.run.train, make_loss(programs)
 
@@ -67,21 +67,21 @@ def make_train_step(programs: Programs):
         frozen = {path: p for path, p in state.params.items() if path not in trained}
 
         def sums_of(rows):
-            (_, (count, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
+            (total, (count, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
                 trained, frozen, teacher_params, rows
             )
-            return grads, count, metrics
+            return total, grads, count, metrics
 
         first, rest = _split_rows(batch, cfg.accum)
         sums = sums_of(first)
         if cfg.accum > 1:
             add = lambda total, rows: (jax.tree.map(jnp.add, total, sums_of(rows)), None)  # noqa: E731
             sums, _ = jax.lax.scan(add, sums, rest)
-        grads, count, metrics = sums
+        total, grads, count, metrics = sums
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
 
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm)
+        finite = jnp.isfinite(norm) & jnp.isfinite(total)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
         updates, opt_state = programs.tx.update(grads, state.opt_state, trained, finite=finite)
         trained = jax.tree.map(keep, optax.apply_updates(trained, updates), trained)

@@ -4,28 +4,28 @@ One accelerator has no room for several workers, no second device for meshes, an
 """
 
 import os
-import re
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    # Compiling is nearly all the time tests take, and tiny models gain nothing from it.
-    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
-
-import jax
 import pytest
+
+CPU = (
+    " --xla_force_host_platform_device_count=8"
+    # Compiling is nearly all the time tests take, and tiny models gain nothing from it.
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 
 def pytest_configure(config):
-    """Before any backend is made; processes that tests start inherit it."""
-    if not re.search(r"(?<!not )\b(gpu|tpu)\b", config.option.markexpr):
+    """Before jax is there; processes that tests start inherit it."""
+    asked = config.option.markexpr.split()
+    if not asked or not {*asked} <= {"gpu", "tpu", "or"}:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        jax.config.update("jax_platforms", "cpu")
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + CPU
 
 
 def pytest_collection_modifyitems(items):
-    """`gpu` and `tpu` tests run where they are asked for and such a device is."""
+    """`gpu` and `tpu` tests run where they alone are asked for and such a device is."""
+    import jax
+
     platform = jax.devices()[0].platform
     for item in items:
         for kind in ("gpu", "tpu"):

@@ -2,6 +2,8 @@
 
 import functools
 from dataclasses import replace
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_runs import CFG, batch, programs, run_config, teacher
 
+from hydrajax import sharding
 from hydrajax.config import HydraConfig, MeshConfig
 from hydrajax.head_plan import HeadPlan
 from hydrajax.layout import head_split
 from hydrajax.model import abstract_model, logical_axes, split_params
 from hydrajax.optim import state_shardings
-from hydrajax.sharding import make_mesh, param_shardings, place_batch, replicated, spec
+from hydrajax.rehearse.step import devices_of
+from hydrajax.sharding import check_batch, make_mesh, param_shardings, place_batch, replicated, spec
 from hydrajax.trainer import TrainState, make_train_step, means
 from hydrajax.typing import UserError
 
@@ -146,6 +150,45 @@ def test_tokens_go_to_the_devices_of_context_in_order():
         row, token = (0 if part.start is None else part.start for part in shard.index)
         want = 16 * row + token + np.array([[0, 1, 2, 3], [16, 17, 18, 19]])
         np.testing.assert_array_equal(shard.data, want)
+
+
+def hosts(processes: int, local: int) -> list[SimpleNamespace]:
+    """Devices of several processes, as far as meshes look at them."""
+    return [
+        SimpleNamespace(id=i, process_index=i // local, platform="cpu", device_kind="cpu",
+                        slice_index=0)
+        for i in range(processes * local)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "sizes", [(4, 1, 1, 4), (1, 4, 2, 2), (2, 4, 2, 1), (4, 2, 1, 2), (8, 1, 1, 2)]
+)
+def test_devices_that_share_rows_are_of_one_process(sizes):
+    """A TPU torus is cut along its links; processes would read different rows for one group."""
+    devices = hosts(processes=4, local=4)
+    cut = np.array(devices).reshape(4, 4).T.reshape(sizes)
+    assert not sharding._reads_rows_apart(SimpleNamespace(devices=cut))
+    found = sharding._process_by_process(sizes, 4, devices)
+    assert found.shape == sizes and {d.id for d in found.flat} == set(range(16))
+    assert sharding._reads_rows_apart(SimpleNamespace(devices=found))
+
+
+@pytest.mark.aot_tpu
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="knows TPUs: pip install 'jax[tpu]'")
+@pytest.mark.parametrize("context, model", [(1, 4), (4, 1), (2, 2), (1, 2)])
+def test_rows_of_a_real_torus_are_read_by_one_process_each(context, model):
+    for topology in ("v5e:4x4", "v5p:4x4x4"):
+        mesh = make_mesh(MeshConfig(-1, 1, context, model), devices_of(topology))
+        for group in mesh.devices.reshape(-1, context * model):
+            assert len({device.process_index for device in group}) == 1
+
+
+def test_every_micro_batch_is_split():
+    mesh = make_mesh(MeshConfig(2, 2, 1, 2))
+    check_batch(mesh, 8, 4, accum=2)
+    with pytest.raises(UserError, match=r"8 rows in train.accum=4 .* to a multiple of 16"):
+        check_batch(mesh, 8, 4, accum=4)
 
 
 def test_rows_that_cannot_be_split_are_refused():

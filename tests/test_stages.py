@@ -77,6 +77,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(accum):
     assert means([metrics, metrics])["nonfinite"] == 2
 
 
+def test_a_loss_that_is_not_finite_is_one_too_where_its_gradient_is():
+    """A word without an embedding: no gradient tells of it."""
+    _, state, step = compiled(DISTILL)
+    bad = batch() | {"tokens": batch()["tokens"].at[1, 3].set(CFG.vocab_size)}
+    after, metrics = step(state, teacher()[1], bad)
+    found = means([metrics])
+    assert np.isnan(found["loss"]) and np.isfinite(found["grad_norm"])
+    assert found["nonfinite"] == 1
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+
+
 def test_a_packed_row_costs_what_its_documents_cost_alone():
     rng = np.random.default_rng(3)
     documents = [rng.integers(0, CFG.vocab_size, n) for n in (7, 9)]

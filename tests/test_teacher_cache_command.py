@@ -120,6 +120,15 @@ def test_a_file_that_is_lost_is_made_again_alone(home, rows, monkeypatch, capsys
     jax.tree.map(np.testing.assert_array_equal, *held)
 
 
+def test_a_command_killed_in_its_first_commit_is_repeated(home):
+    (home / "first").mkdir()
+    cut = home / "first/.manifest.json.x1y2"
+    cut.write_bytes(b"{")
+    make(config(home, "first"), ["test"], 8)
+    assert opened(config(home, "first")).rows("train") == rows_of(config(home))
+    assert not cut.exists()
+
+
 def test_one_command_at_a_time_writes_a_cache(home):
     cfg = config(home, "held")
     make(cfg, ["test"], 8)

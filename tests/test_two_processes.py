@@ -18,15 +18,17 @@ SMALL = (
     "--config.data.rows=4", "--config.data.seq_len=64", "--config.data.workers=0",
     "--config.train.compute_dtype=float32", "--config.mesh.data=2",
 )  # fmt: skip
-MISSING = ('--config.data.files=("/nonexistent/text.txt",)',)
+MISSING = '--config.data.files=("/nonexistent/text.txt",)'
 ENV = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
 pytestmark = [pytest.mark.multihost, pytest.mark.timeout(600)]
 
 
-def start(out: Path, processes: int, *flags: str, bad: int | None = None) -> list[subprocess.Popen]:
+def start(
+    out: Path, processes: int, *flags: str, bad: int | None = None, wrong: str = MISSING
+) -> list[subprocess.Popen]:
     """`train.py` on the pretraining of the tiny teacher, two devices in one process or in two.
 
-    Process `bad` looks for a file that is not there.
+    Process `bad` is given a `wrong` flag, that of a file that is not there.
     """
     command = [sys.executable, "train.py", "--config=configs/tiny/pretrain.py", *SMALL, *flags]
     if processes == 1:
@@ -38,7 +40,7 @@ def start(out: Path, processes: int, *flags: str, bad: int | None = None) -> lis
         together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
         own = [together | {"JAX_PROCESS_ID": str(i)} for i in range(processes)]
     return [
-        subprocess.Popen([*command, f"--config.out={out}", *(MISSING if i == bad else ())],
+        subprocess.Popen([*command, f"--config.out={out}", *([wrong] if i == bad else [])],
                          cwd=ROOT, env=ENV | one, text=True, stdout=subprocess.PIPE,
                          stderr=subprocess.STDOUT)
         for i, one in enumerate(own)
@@ -123,3 +125,18 @@ def test_an_error_of_one_process_ends_both(bad, tmp_path):
     assert codes[bad] == 2 and "error: " in said[bad] and "/nonexistent/text.txt" in said[bad]
     assert codes[1 - bad] not in (0, 2), said[1 - bad]
     assert f"error: process {bad} of 2 is gone" in said[1 - bad], said[1 - bad]
+
+
+@pytest.mark.parametrize(
+    "wrong, key",
+    [
+        ("--config.optim.peak_lr=0.1", "config.optim.peak_lr: expected 0.003, got 0.1"),
+        ("--config.data.seed=5", "config.data.seed: expected 0, got 5"),
+    ],
+)
+def test_processes_with_different_configs_do_not_train(wrong, key, tmp_path):
+    codes, said = ended(start(tmp_path / "run", 2, bad=1, wrong=wrong), 120)
+    assert codes == [2, 2], "\n".join(said)
+    for text in said:
+        assert "process 1 of 2 was not given what process 0 was" in text and key in text
+    assert not (tmp_path / "run/config.json").exists()

@@ -174,11 +174,14 @@ class Writer:
         self.shards: list[Shard] = []
         self.lost: list[Shard] = []  # of the manifest found: missing or cut
         self._pending: list[np.ndarray] = []
-        others = [file for file in self.path.glob("*") if file.name != LOCK]
+        cut = f".{MANIFEST}."  # how what was being written begins, when a command was killed
+        others = [f for f in self.path.glob("*") if f.name != LOCK and not f.name.startswith(cut)]
         if others and not self._begun():
             raise UserError(f"{self.path} holds other files; name a new folder.")
         self._lock = _lock(self.path)
         try:
+            for file in self.path.glob(f"{cut}*"):
+                file.unlink()
             if self._begun():
                 self._go_on()
             self._commit()

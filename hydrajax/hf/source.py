@@ -15,7 +15,7 @@ from hydrajax.hf import gguf
 from hydrajax.hf.config import read_config
 from hydrajax.hf.files import DTYPES, Entry, member, open_weights, read_json, sha256, some
 from hydrajax.hf.rules import Rule, rules
-from hydrajax.tokenizer import FILES, load_tokenizer
+from hydrajax.tokenizer import FILES, check_vocabulary, load_tokenizer
 from hydrajax.typing import Params, UserError
 
 STUDENT = "hydrahead"  # model_type of exported hybrids; only hydrajax reads them
@@ -188,17 +188,13 @@ def cast(array: np.ndarray, dtype: str | None, where: str) -> np.ndarray:
     return out
 
 
-def check_vocabulary(folder: Path, cfg: ModelConfig) -> str:
+def tokenizer_note(folder: Path, cfg: ModelConfig) -> str:
     """One line about the folder's tokenizer; error if it has ids without an embedding."""
     if not (folder / FILES[0]).exists():
         return f"no {FILES[0]} in the source: commands that need text want --config.tokenizer"
-    size = load_tokenizer(folder).vocab_size
-    if size > cfg.vocab_size:
-        raise UserError(
-            f"{FILES[0]} of the source has ids up to {size - 1}, but model.embed_tokens.weight has "
-            f"only {cfg.vocab_size} rows."
-        )
-    return f"tokenizer {size} of {cfg.vocab_size} embedding rows"
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, cfg.vocab_size, f"{FILES[0]} of the source")
+    return f"tokenizer {tokenizer.vocab_size} of {cfg.vocab_size} embedding rows"
 
 
 def _download(name: str, allow_pickle: bool) -> Path:
