@@ -56,4 +56,4 @@ $(NEWEST)/.installed: setup.cfg
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) runs teachers corpora
+	rm -rf $(VENV) $(NEWEST) runs teachers corpora caches

@@ -1,6 +1,6 @@
 """Generate text from a teacher or a student run.
 
-    python -m hydrajax.generation --run runs/tiny/distill --prompt "Once upon a time"
+    python -m hydrajax.generation --run runs/tiny/causal/distill --prompt "Once upon a time"
 
 Prefill reads the prompts into the KV caches of the FA heads and the states of the LA heads; from
 there a jitted while loop draws token by token. All lengths are padded to powers of two, so a

@@ -304,9 +304,11 @@ def check_batch(mesh: Mesh, rows: int, tokens: int, accum: int = 1) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % (parts * accum):
         cut = f" in train.accum={accum} micro-batches" if accum > 1 else ""
+        lower = "lower train.accum, " if accum > 1 else ""
         raise UserError(
-            f"{rows} rows{cut} cannot be split over mesh data x fsdp = {parts}; set data.rows to a "
-            f"multiple of {parts * accum}, or give devices to mesh.context or mesh.model."
+            f"{rows} rows{cut} cannot be split over mesh data x fsdp = {parts}; {lower}set "
+            f"data.rows to a multiple of {parts * accum}, or give devices to mesh.context or "
+            "mesh.model."
         )
 
 

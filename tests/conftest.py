@@ -30,5 +30,5 @@ def pytest_collection_modifyitems(items):
     for item in items:
         for kind in ("gpu", "tpu"):
             if item.get_closest_marker(kind) and platform != kind:
-                reason = f"pytest -m {kind} runs it where one is, found {platform}"
+                reason = f"needs a {kind} and pytest -m {kind}, found {platform}"
                 item.add_marker(pytest.mark.skip(reason=reason))

@@ -187,7 +187,7 @@ def test_rows_of_a_real_torus_are_read_by_one_process_each(context, model):
 def test_every_micro_batch_is_split():
     mesh = make_mesh(MeshConfig(2, 2, 1, 2))
     check_batch(mesh, 8, 4, accum=2)
-    with pytest.raises(UserError, match=r"8 rows in train.accum=4 .* to a multiple of 16"):
+    with pytest.raises(UserError, match=r"8 rows in train.accum=4 .*; lower train.accum, .* of 16"):
         check_batch(mesh, 8, 4, accum=4)
 
 
