@@ -226,7 +226,7 @@ def test_text_streams_in_whole_characters(tmp_path, monkeypatch):
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     folder = write_run(tmp_path / "run", replace(CFG, vocab_size=250, bos_id=-1))
-    with pytest.raises(UserError, match="run has ids up to 258, but .* only 250 rows"):
+    with pytest.raises(UserError, match=r"run has ids up to 258, but .* only 250 rows"):
         open_run(folder, dtype=jnp.float32)
 
 
