@@ -53,8 +53,8 @@ def train(cfg: RunConfig) -> None:
     say(f"{jax.device_count()} x {device_kind(mesh)}, mesh {dict(mesh.shape)}, run {cfg.out}")
 
     # ---- data --------------------------------------------------------------------------------
-    words = cfg.tokenizer or cfg.teacher or cfg.parent
-    tokenizer = load_tokenizer(words)
+    source = cfg.tokenizer or cfg.teacher or cfg.parent
+    tokenizer = load_tokenizer(source)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     pipeline = make_pipeline(cfg.data, tokenizer, **process)
     check_agreed(cfg, pipeline.identity)
@@ -68,7 +68,7 @@ def train(cfg: RunConfig) -> None:
     # ---- what the run starts from ------------------------------------------------------------
     store = CheckpointStore(cfg.out, keep=cfg.train.keep)
     start = find_start(cfg, store, calibration)
-    check_vocabulary(tokenizer, start.model.vocab_size, words)
+    check_vocabulary(tokenizer, start.model.vocab_size, source)
     say(f"start: {start.story}")
     counts = [len(heads) for heads in start.plan.fa]
     say(f"FA heads a layer {sparkline(counts, start.plan.num_heads)} "

@@ -1,6 +1,5 @@
 """AdamW over the flat dict of trainable parameters: schedule, decay mask, per-path rates."""
 
-import functools
 import re
 
 import jax
@@ -124,10 +123,9 @@ def state_shardings(
     """Moments live where their parameters live, or `offload` in the memory of that device's host;
     counters on every device."""
     abstract = jax.eval_shape(tx.init, params)
-    place = functools.partial(in_host_memory, knob="optim.offload=True")
     return optax.tree_map_params(
         tx,
-        lambda _, sharding: place(sharding) if offload else sharding,
+        lambda _, sharding: in_host_memory(sharding, "optim.offload=True") if offload else sharding,
         abstract,
         {path: shardings[path] for path in params},
         transform_non_params=lambda _: NamedSharding(mesh, P()),

@@ -142,8 +142,8 @@ def check_resumable(cfg: RunConfig, stored: dict[str, Any] | None) -> None:
     free = (*FREE_ON_RESUME, "model") if cfg.stage != "pretrain" else FREE_ON_RESUME
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(set(now) | set(before))
-        if now.get(key) != before.get(key) and not key.startswith(free)
+        for key in _differing(before, now)
+        if not key.startswith(free)
     ]
     if changed:
         raise UserError(
@@ -161,14 +161,18 @@ def check_agreed(cfg: RunConfig, rows: dict[str, Any]) -> None:
     for process, given in enumerate(others, 1):
         differs = [
             f"{key}: expected {first.get(key)!r}, got {given.get(key)!r}"
-            for key in sorted(first.keys() | given.keys())
-            if first.get(key) != given.get(key)
+            for key in _differing(first, given)
         ]
         if differs:
             raise UserError(
                 f"process {process} of {len(others) + 1} was not given what process 0 was "
                 f"({'; '.join(differs)}); start the same command on the same data everywhere."
             )
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Keys whose values are not the same, a missing one being None."""
+    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
 
 def _leaves(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -28,7 +28,7 @@ def start(
 ) -> list[subprocess.Popen]:
     """`train.py` on the pretraining of the tiny teacher, two devices in one process or in two.
 
-    Process `bad` is given a `wrong` flag, that of a file that is not there.
+    Process `bad` is given a `wrong` flag too, by default that of a file that is not there.
     """
     command = [sys.executable, "train.py", "--config=configs/tiny/pretrain.py", *SMALL, *flags]
     if processes == 1:

@@ -87,7 +87,7 @@ def _micro_batch(layout: Layout) -> tuple[int, int]:
     """Rows and tokens of one on one device."""
     cfg, mesh = layout.programs.run, layout.mesh
     rows = cfg.data.rows // cfg.train.accum // (mesh.shape["data"] * mesh.shape["fsdp"])
-    return max(rows, 1), cfg.data.seq_len // mesh.shape["context"]
+    return rows, cfg.data.seq_len // mesh.shape["context"]
 
 
 def activations(layout: Layout) -> int:
